@@ -1,0 +1,349 @@
+// The fused kernels: attention over the neighborhood, its tangent and its gradients.
+//
+// With s = scale q.k + bias and p = exp(s - lse), per query over the keys it sees:
+//   forward   lse = log sum exp(s),  out = sum p v
+//   tangent   ds = scale (dq.k + q.dk) + dbias,  dlse = sum p ds,
+//             dout = sum p (ds - dlse) v + p dv
+//   backward  ds = p (ct_out.v + delta),  delta = ct_lse - ct_out.out,
+//             dq = scale sum ds k,  dbias[offset] = sum ds,
+//             dk = scale sum ds q,  dv = sum p ct_out  (over the queries that see the key)
+//
+// A query without a key (beyond its count, or all its logits -inf) has out 0, lse -inf and no
+// derivative. Nothing that a row holds matters where the frame excludes it. All sums are in
+// Accumulator<Element>.
+#pragma once
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "cpu/number.h"
+#include "cpu/parallel.h"
+#include "cpu/problem.h"
+#include "cpu/vector.h"
+
+namespace jax_natten {
+
+template <typename Element, int Rank>
+struct FusedOperands {
+  Problem<Rank> problem;
+  Tensor<const Element> q;
+  Tensor<const Element> k;
+  Tensor<const Element> v;
+  Tensor<const Accumulator<Element>> bias;  // a head is one table; data is null for no bias
+
+  bool has_bias() const { return bias.data != nullptr; }
+};
+
+template <typename Element, int Rank>
+struct ForwardOperands : FusedOperands<Element, Rank> {
+  Tensor<Element> out;
+  Tensor<Accumulator<Element>> lse;
+};
+
+template <typename Element, int Rank>
+struct TangentOperands : FusedOperands<Element, Rank> {
+  Tensor<const Accumulator<Element>> lse;
+  Tensor<const Element> dq;
+  Tensor<const Element> dk;
+  Tensor<const Element> dv;
+  Tensor<const Accumulator<Element>> dbias;
+  Tensor<Element> dout;
+  Tensor<Accumulator<Element>> dlse;
+};
+
+template <typename Element, int Rank>
+struct BackwardOperands : FusedOperands<Element, Rank> {
+  Tensor<const Element> out;
+  Tensor<const Accumulator<Element>> lse;
+  Tensor<const Element> ct_out;
+  Tensor<const Accumulator<Element>> ct_lse;
+  Tensor<Element> dq;
+  Tensor<Element> dk;
+  Tensor<Element> dv;
+  Tensor<Accumulator<Element>> dbias;
+  Tensor<Accumulator<Element>> delta;
+};
+
+namespace fused {
+
+template <typename T>
+inline constexpr T kNothing = -std::numeric_limits<T>::infinity();
+
+template <typename T>
+std::vector<T> row_buffer(int64_t size) {
+  return std::vector<T>(static_cast<size_t>(size));
+}
+
+// The bias of a run's m-th neighbor.
+template <typename Sum, int Rank>
+Sum bias_of(const Sum* table, const Run<Rank>& run, int64_t m) {
+  return table == nullptr ? Sum{0} : table[run.bias + m * run.bias_step];
+}
+
+template <typename Sum>
+const Sum* table_of(const Tensor<const Sum>& tables, int64_t sample, int64_t head) {
+  return tables.data == nullptr ? nullptr : tables.head(sample, head).data;
+}
+
+template <typename Element, int Rank>
+void forward_tokens(const ForwardOperands<Element, Rank>& op, int64_t sample_index, int64_t head,
+                    int64_t begin, int64_t end) {
+  using Sum = Accumulator<Element>;
+  const Problem<Rank>& problem = op.problem;
+  const Sample<Rank> sample(problem, sample_index);
+  const int64_t head_kv = head / problem.group();
+  const auto queries = op.q.head(sample_index, head);
+  const auto keys = op.k.head(sample_index, head_kv);
+  const auto values = op.v.head(sample_index, head_kv);
+  const Sum* table = table_of(op.bias, sample_index, head);
+  const auto outs = op.out.head(sample_index, head);
+  const auto lses = op.lse.head(sample_index, head);
+  const Sum scale = static_cast<Sum>(problem.scale);
+
+  auto q = row_buffer<Sum>(problem.dim);
+  auto out = row_buffer<Sum>(problem.value_dim);
+  auto weights = row_buffer<Sum>(problem.most_keys());
+  for (int64_t i = begin; i < end; ++i) {
+    const Neighborhood<Rank> neighborhood = sample.keys_of(i);
+    load_row(q.data(), queries.row(i), problem.dim);
+
+    int64_t n = 0;
+    Sum largest = kNothing<Sum>;
+    neighborhood.for_each_run([&](const Run<Rank>& run) {
+      for (int64_t m = 0; m < run.count; ++m, ++n) {
+        const Element* k = keys.row(run.token + m * run.token_step);
+        weights[n] = scale * dot(q.data(), k, problem.dim) + bias_of(table, run, m);
+        largest = weights[n] > largest ? weights[n] : largest;
+      }
+    });
+
+    const Sum shift = largest == kNothing<Sum> ? Sum{0} : largest;
+    Sum total = 0;
+    for (int64_t m = 0; m < n; ++m) {
+      weights[m] = std::exp(weights[m] - shift);
+      total += weights[m];
+    }
+    if (total == 0) {
+      fill_row(outs.row(i), narrow(Sum{0}, Element{}), problem.value_dim);
+      *lses.row(i) = kNothing<Sum>;
+      continue;
+    }
+
+    n = 0;
+    fill_row(out.data(), Sum{0}, problem.value_dim);
+    neighborhood.for_each_run([&](const Run<Rank>& run) {
+      for (int64_t m = 0; m < run.count; ++m, ++n) {
+        const Element* v = values.row(run.token + m * run.token_step);
+        add_scaled(out.data(), weights[n], v, problem.value_dim);
+      }
+    });
+    store_scaled(outs.row(i), 1 / total, out.data(), problem.value_dim);
+    *lses.row(i) = shift + std::log(total);
+  }
+}
+
+template <typename Element, int Rank>
+void tangent_tokens(const TangentOperands<Element, Rank>& op, int64_t sample_index, int64_t head,
+                    int64_t begin, int64_t end) {
+  using Sum = Accumulator<Element>;
+  const Problem<Rank>& problem = op.problem;
+  const Sample<Rank> sample(problem, sample_index);
+  const int64_t head_kv = head / problem.group();
+  const auto queries = op.q.head(sample_index, head);
+  const auto keys = op.k.head(sample_index, head_kv);
+  const auto values = op.v.head(sample_index, head_kv);
+  const Sum* table = table_of(op.bias, sample_index, head);
+  const auto lses = op.lse.head(sample_index, head);
+  const auto query_tangents = op.dq.head(sample_index, head);
+  const auto key_tangents = op.dk.head(sample_index, head_kv);
+  const auto value_tangents = op.dv.head(sample_index, head_kv);
+  const Sum* table_tangent = table_of(op.dbias, sample_index, head);
+  const auto out_tangents = op.dout.head(sample_index, head);
+  const auto lse_tangents = op.dlse.head(sample_index, head);
+  const Sum scale = static_cast<Sum>(problem.scale);
+
+  auto q = row_buffer<Sum>(problem.dim);
+  auto dq = row_buffer<Sum>(problem.dim);
+  auto dout = row_buffer<Sum>(problem.value_dim);
+  auto weights = row_buffer<Sum>(problem.most_keys());
+  auto tangents = row_buffer<Sum>(problem.most_keys());
+  for (int64_t i = begin; i < end; ++i) {
+    fill_row(dout.data(), Sum{0}, problem.value_dim);
+    Sum dlse = 0;
+    const Neighborhood<Rank> neighborhood = sample.keys_of(i);
+    const Sum lse = *lses.row(i);
+    if (!neighborhood.empty() && lse != kNothing<Sum>) {
+      load_row(q.data(), queries.row(i), problem.dim);
+      load_row(dq.data(), query_tangents.row(i), problem.dim);
+      int64_t n = 0;
+      neighborhood.for_each_run([&](const Run<Rank>& run) {
+        for (int64_t m = 0; m < run.count; ++m, ++n) {
+          const int64_t j = run.token + m * run.token_step;
+          const Sum s = scale * dot(q.data(), keys.row(j), problem.dim) + bias_of(table, run, m);
+          weights[n] = std::exp(s - lse);
+          tangents[n] = scale * (dot(dq.data(), keys.row(j), problem.dim) +
+                                 dot(q.data(), key_tangents.row(j), problem.dim)) +
+                        bias_of(table_tangent, run, m);
+          dlse += weights[n] * tangents[n];
+        }
+      });
+      n = 0;
+      neighborhood.for_each_run([&](const Run<Rank>& run) {
+        for (int64_t m = 0; m < run.count; ++m, ++n) {
+          const int64_t j = run.token + m * run.token_step;
+          const Sum p = weights[n];
+          add_scaled(dout.data(), p * (tangents[n] - dlse), values.row(j), problem.value_dim);
+          add_scaled(dout.data(), p, value_tangents.row(j), problem.value_dim);
+        }
+      });
+    }
+    store_scaled(out_tangents.row(i), Sum{1}, dout.data(), problem.value_dim);
+    *lse_tangents.row(i) = dlse;
+  }
+}
+
+// delta, dq and, given a bias, dbias.
+template <typename Element, int Rank>
+void backward_queries(const BackwardOperands<Element, Rank>& op, int64_t sample_index, int64_t head,
+                      int64_t begin, int64_t end) {
+  using Sum = Accumulator<Element>;
+  const Problem<Rank>& problem = op.problem;
+  const Sample<Rank> sample(problem, sample_index);
+  const int64_t head_kv = head / problem.group();
+  const auto queries = op.q.head(sample_index, head);
+  const auto keys = op.k.head(sample_index, head_kv);
+  const auto values = op.v.head(sample_index, head_kv);
+  const Sum* table = table_of(op.bias, sample_index, head);
+  const auto outs = op.out.head(sample_index, head);
+  const auto lses = op.lse.head(sample_index, head);
+  const auto out_cotangents = op.ct_out.head(sample_index, head);
+  const auto lse_cotangents = op.ct_lse.head(sample_index, head);
+  const auto query_gradients = op.dq.head(sample_index, head);
+  const auto deltas = op.delta.head(sample_index, head);
+  Sum* table_gradient = nullptr;
+  if (op.has_bias()) {
+    table_gradient = op.dbias.head(sample_index, head).data;
+    fill_row(table_gradient, Sum{0}, problem.biases());
+  }
+  const Sum scale = static_cast<Sum>(problem.scale);
+
+  auto q = row_buffer<Sum>(problem.dim);
+  auto dq = row_buffer<Sum>(problem.dim);
+  auto ct_out = row_buffer<Sum>(problem.value_dim);
+  for (int64_t i = begin; i < end; ++i) {
+    fill_row(dq.data(), Sum{0}, problem.dim);
+    Sum delta = 0;
+    const Neighborhood<Rank> neighborhood = sample.keys_of(i);
+    const Sum lse = *lses.row(i);
+    if (!neighborhood.empty() && lse != kNothing<Sum>) {
+      load_row(q.data(), queries.row(i), problem.dim);
+      load_row(ct_out.data(), out_cotangents.row(i), problem.value_dim);
+      delta = *lse_cotangents.row(i) - dot(ct_out.data(), outs.row(i), problem.value_dim);
+      neighborhood.for_each_run([&](const Run<Rank>& run) {
+        for (int64_t m = 0; m < run.count; ++m) {
+          const int64_t j = run.token + m * run.token_step;
+          const Sum s = scale * dot(q.data(), keys.row(j), problem.dim) + bias_of(table, run, m);
+          const Sum dp = dot(ct_out.data(), values.row(j), problem.value_dim);
+          const Sum ds = std::exp(s - lse) * (dp + delta);
+          add_scaled(dq.data(), ds, keys.row(j), problem.dim);
+          if (table_gradient != nullptr) table_gradient[run.bias + m * run.bias_step] += ds;
+        }
+      });
+    }
+    store_scaled(query_gradients.row(i), scale, dq.data(), problem.dim);
+    *deltas.row(i) = delta;
+  }
+}
+
+// dk and dv, of the keys of one key head. Reads delta.
+template <typename Element, int Rank>
+void backward_keys(const BackwardOperands<Element, Rank>& op, int64_t sample_index, int64_t head_kv,
+                   int64_t begin, int64_t end) {
+  using Sum = Accumulator<Element>;
+  const Problem<Rank>& problem = op.problem;
+  const Sample<Rank> sample(problem, sample_index);
+  const auto keys = op.k.head(sample_index, head_kv);
+  const auto values = op.v.head(sample_index, head_kv);
+  const auto key_gradients = op.dk.head(sample_index, head_kv);
+  const auto value_gradients = op.dv.head(sample_index, head_kv);
+  const Sum scale = static_cast<Sum>(problem.scale);
+
+  auto k = row_buffer<Sum>(problem.dim);
+  auto v = row_buffer<Sum>(problem.value_dim);
+  auto dk = row_buffer<Sum>(problem.dim);
+  auto dv = row_buffer<Sum>(problem.value_dim);
+  for (int64_t j = begin; j < end; ++j) {
+    fill_row(dk.data(), Sum{0}, problem.dim);
+    fill_row(dv.data(), Sum{0}, problem.value_dim);
+    const Neighborhood<Rank> neighborhood = sample.queries_of(j);
+    if (!neighborhood.empty()) {
+      load_row(k.data(), keys.row(j), problem.dim);
+      load_row(v.data(), values.row(j), problem.value_dim);
+    }
+    for (int64_t head = head_kv * problem.group(); head < (head_kv + 1) * problem.group(); ++head) {
+      const auto queries = op.q.head(sample_index, head);
+      const Sum* table = table_of(op.bias, sample_index, head);
+      const auto lses = op.lse.head(sample_index, head);
+      const auto out_cotangents = op.ct_out.head(sample_index, head);
+      const auto deltas = op.delta.head(sample_index, head);
+      neighborhood.for_each_run([&](const Run<Rank>& run) {
+        for (int64_t m = 0; m < run.count; ++m) {
+          const int64_t i = run.token + m * run.token_step;
+          const Sum lse = *lses.row(i);
+          if (lse == kNothing<Sum>) continue;
+          const Sum s = scale * dot(k.data(), queries.row(i), problem.dim) + bias_of(table, run, m);
+          const Sum p = std::exp(s - lse);
+          const Sum dp = dot(v.data(), out_cotangents.row(i), problem.value_dim);
+          add_scaled(dv.data(), p, out_cotangents.row(i), problem.value_dim);
+          add_scaled(dk.data(), p * (dp + *deltas.row(i)), queries.row(i), problem.dim);
+        }
+      });
+    }
+    store_scaled(key_gradients.row(j), scale, dk.data(), problem.dim);
+    store_scaled(value_gradients.row(j), Sum{1}, dv.data(), problem.value_dim);
+  }
+}
+
+// Useful operations of one query in one matrix product of each kind, q.k and p v.
+template <int Rank>
+double product_flops(const Problem<Rank>& problem) {
+  const auto pairs = static_cast<double>(problem.most_keys());
+  return 2 * pairs * static_cast<double>(problem.dim + problem.value_dim);
+}
+
+}  // namespace fused
+
+template <typename Element, int Rank>
+Job forward_job(const ForwardOperands<Element, Rank>& op) {
+  const Problem<Rank>& p = op.problem;
+  return {over_tokens(p.samples, p.heads, p.queries(), fused::product_flops(p), false,
+                      [op](int64_t sample, int64_t head, int64_t begin, int64_t end) {
+                        fused::forward_tokens(op, sample, head, begin, end);
+                      })};
+}
+
+template <typename Element, int Rank>
+Job tangent_job(const TangentOperands<Element, Rank>& op) {
+  const Problem<Rank>& p = op.problem;
+  return {over_tokens(p.samples, p.heads, p.queries(), 2.5 * fused::product_flops(p), false,
+                      [op](int64_t sample, int64_t head, int64_t begin, int64_t end) {
+                        fused::tangent_tokens(op, sample, head, begin, end);
+                      })};
+}
+
+template <typename Element, int Rank>
+Job backward_job(const BackwardOperands<Element, Rank>& op) {
+  const Problem<Rank>& p = op.problem;
+  const double flops = fused::product_flops(p);
+  return {over_tokens(p.samples, p.heads, p.queries(), 1.5 * flops, op.has_bias(),
+                      [op](int64_t sample, int64_t head, int64_t begin, int64_t end) {
+                        fused::backward_queries(op, sample, head, begin, end);
+                      }),
+          over_tokens(p.samples, p.heads_kv, p.keys(), 2 * flops * static_cast<double>(p.group()),
+                      false, [op](int64_t sample, int64_t head, int64_t begin, int64_t end) {
+                        fused::backward_keys(op, sample, head, begin, end);
+                      })};
+}
+
+}  // namespace jax_natten

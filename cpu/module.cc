@@ -1,0 +1,90 @@
+// The Python module jax_natten._cpu: the FFI handlers as capsules, the FFI version that they were
+// built with, and the geometry of one axis for tests.
+#include <nanobind/nanobind.h>
+
+#include <array>
+#include <cstdint>
+
+#include "cpu/geometry.h"
+#include "cpu/handlers.h"
+#include "xla/ffi/api/c_api.h"
+
+namespace nb = nanobind;
+
+namespace jax_natten {
+namespace {
+
+nb::dict registrations() {
+  const auto capsule = [](auto* handler) { return nb::capsule(reinterpret_cast<void*>(handler)); };
+  nb::dict handlers;
+  handlers["jax_natten_forward"] = capsule(jax_natten_forward);
+  handlers["jax_natten_tangent"] = capsule(jax_natten_tangent);
+  handlers["jax_natten_backward"] = capsule(jax_natten_backward);
+  handlers["jax_natten_qk"] = capsule(jax_natten_qk);
+  handlers["jax_natten_av"] = capsule(jax_natten_av);
+  handlers["jax_natten_inverse"] = capsule(jax_natten_inverse);
+  handlers["jax_natten_spread"] = capsule(jax_natten_spread);
+  handlers["jax_natten_collect"] = capsule(jax_natten_collect);
+  return handlers;
+}
+
+// The geometry functions take (kernel_size, stride, dilation, is_causal), the frame's column
+// (extent, query origin, query count, key origin, key count), and the arrays' sizes.
+struct Axis {
+  AxisWindow window;
+  AxisFrame frame;
+};
+
+Axis axis_from(int64_t kernel_size, int64_t stride, int64_t dilation, bool is_causal,
+               const nb::sequence& frame, int64_t query_size, int64_t key_size) {
+  if (kernel_size < 1 || stride < 1 || stride > kernel_size || dilation < 1) {
+    throw nb::value_error("need kernel_size >= 1, 1 <= stride <= kernel_size, dilation >= 1");
+  }
+  const auto row = [&](int index) { return nb::cast<int64_t>(frame[index]); };
+  return {{kernel_size, stride, dilation, is_causal},
+          make_axis_frame(row(0), row(1), row(2), row(3), row(4), query_size, key_size)};
+}
+
+// Per query (first key, count, step, slot of the first, bias index of the first).
+nb::list keys_of_queries(int64_t kernel_size, int64_t stride, int64_t dilation, bool is_causal,
+                         const nb::sequence& frame, int64_t query_size, int64_t key_size) {
+  const Axis axis =
+      axis_from(kernel_size, stride, dilation, is_causal, frame, query_size, key_size);
+  nb::list result;
+  for (int64_t i = 0; i < query_size; ++i) {
+    const AxisNeighbors keys = keys_of_query(axis.window, axis.frame, i);
+    result.append(nb::make_tuple(keys.first, keys.count, keys.step, keys.slot, keys.bias));
+  }
+  return result;
+}
+
+// Per key (first query, count, step, slots by query, bias index of the first); from one query to
+// the next the bias index falls by one.
+nb::list queries_of_keys(int64_t kernel_size, int64_t stride, int64_t dilation, bool is_causal,
+                         const nb::sequence& frame, int64_t query_size, int64_t key_size) {
+  const Axis axis =
+      axis_from(kernel_size, stride, dilation, is_causal, frame, query_size, key_size);
+  nb::list result;
+  for (int64_t j = 0; j < key_size; ++j) {
+    const AxisNeighbors queries = queries_of_key(axis.window, axis.frame, j);
+    nb::list slots;
+    for (int64_t m = 0; m < queries.count; ++m) {
+      slots.append(slot_of_key(axis.window, axis.frame, queries.first + m * queries.step, j));
+    }
+    result.append(nb::make_tuple(queries.first, queries.count, queries.step, slots, queries.bias));
+  }
+  return result;
+}
+
+}  // namespace
+}  // namespace jax_natten
+
+NB_MODULE(_cpu, m) {
+  using namespace nanobind::literals;
+  m.def("registrations", &jax_natten::registrations);
+  m.def("ffi_api_version", [] { return nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); });
+  m.def("keys_of_queries", &jax_natten::keys_of_queries, "kernel_size"_a, "stride"_a, "dilation"_a,
+        "is_causal"_a, "frame"_a, "query_size"_a, "key_size"_a);
+  m.def("queries_of_keys", &jax_natten::queries_of_keys, "kernel_size"_a, "stride"_a, "dilation"_a,
+        "is_causal"_a, "frame"_a, "query_size"_a, "key_size"_a);
+}
