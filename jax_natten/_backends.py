@@ -40,9 +40,10 @@ def backends() -> dict[str, Backend]:
     """
     platform = jax.default_backend()
     kernels = {"cpu": "compiled CPU kernels"}
-    native = (
-        Backend(True, f"{kernels[platform]}, the default here")
-        if platform in kernels
-        else Backend(False, f"no compiled kernels for {platform}, jax's default platform; {', '.join(kernels)} has them")
-    )
+    if platform in kernels:
+        native = Backend(True, f"{kernels[platform]}, the default here")
+    else:
+        native = Backend(
+            False, f"no compiled kernels for {platform}, jax's default platform, only for {', '.join(kernels)}"
+        )
     return dict(zip(check.BACKENDS, (native, Backend(True, "pure jax, on every platform")), strict=True))

@@ -43,7 +43,7 @@ def _entry(name: str, value: Any, entry: Any, rank: int, kind: str) -> Any:
     if kind == "positive int":
         if isinstance(entry, (bool, np.bool_)) or not isinstance(entry, numbers.Integral):
             raise TypeError(f"{name}: {wanted}, got {value!r}")
-        if entry < 1 or entry >= 2**31:
+        if not 1 <= int(entry) < 2**31:
             raise ValueError(f"{name}: {wanted}, below 2**31, got {value!r}")
         return int(entry)
     if not isinstance(entry, str):
@@ -53,7 +53,9 @@ def _entry(name: str, value: Any, entry: Any, rank: int, kind: str) -> Any:
     return entry
 
 
-def window(rank: int, kernel_size: Any, stride: Any, dilation: Any, is_causal: Any, border: Any) -> tuple[Window, tuple]:
+def window(
+    rank: int, kernel_size: Any, stride: Any, dilation: Any, is_causal: Any, border: Any
+) -> tuple[Window, tuple]:
     """The canonical window and the border of each axis."""
     if kernel_size is None:
         raise TypeError(f"kernel_size: expected one positive int or {rank} of them (one per axis), got None")
@@ -70,9 +72,7 @@ def window(rank: int, kernel_size: Any, stride: Any, dilation: Any, is_causal: A
                 f"stride: expected at most the kernel_size {w.kernel_size[axis]} on axis {axis}, got {w.stride[axis]}"
             )
         if borders[axis] != "shift" and w.stride[axis] != 1:
-            raise ValueError(
-                f"border: {borders[axis]!r} expects stride 1 on axis {axis}, got stride {w.stride[axis]}"
-            )
+            raise ValueError(f"border: {borders[axis]!r} expects stride 1 on axis {axis}, got stride {w.stride[axis]}")
         if borders[axis] == "wrap" and w.is_causal[axis]:
             raise ValueError(f"border: 'wrap' expects is_causal False on axis {axis}, got is_causal True")
     return w, borders
@@ -240,7 +240,11 @@ def scale(value: Any, head_dim: int) -> float:
     """The factor on the logits, head_dim ** -0.5 by default."""
     if value is None:
         return head_dim**-0.5
-    if isinstance(value, (jax.core.Tracer, jax.Array)) or not isinstance(value, numbers.Real) or isinstance(value, bool):
+    if (
+        isinstance(value, (jax.core.Tracer, jax.Array))
+        or not isinstance(value, numbers.Real)
+        or isinstance(value, bool)
+    ):
         raise TypeError(
             f"scale: expected a Python or NumPy number (multiply the query to apply a traced scale), "
             f"got {type(value).__name__}"
@@ -267,7 +271,7 @@ def flag(name: str, value: Any, optional: bool = False) -> None:
 def precision(value: Any) -> jax.lax.Precision | jax.lax.DotAlgorithmPreset:
     """jax's own names; None takes the ambient default, which without one means float32 accuracy."""
     if value is None:
-        ambient = jax.config.jax_default_matmul_precision or "highest"
+        ambient = jax.config.jax_default_matmul_precision or "highest"  # type: ignore[attr-defined]
         presets = jax.lax.DotAlgorithmPreset.__members__
         return presets[ambient] if ambient in presets else jax.lax.Precision(ambient)
     if not isinstance(value, (str, jax.lax.Precision)):

@@ -46,9 +46,7 @@ def runtime_ffi_version() -> tuple[int, int]:
     if spec is None or not spec.submodule_search_locations:
         raise ImportError("jax_natten needs jaxlib, which is not installed")
     header = Path(spec.submodule_search_locations[0], "include/xla/ffi/api/c_api.h").read_text()
-    major, minor = (
-        re.search(rf"#define XLA_FFI_API_{part} (\d+)", header) for part in ("MAJOR", "MINOR")
-    )
+    major, minor = (re.search(rf"#define XLA_FFI_API_{part} (\d+)", header) for part in ("MAJOR", "MINOR"))
     if major is None or minor is None:
         raise ImportError("jax_natten cannot read the FFI API version in jaxlib's header c_api.h")
     return int(major[1]), int(minor[1])

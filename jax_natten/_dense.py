@@ -52,13 +52,13 @@ def attention(
     """
     check.flag("is_causal", is_causal)
     check.flag("return_lse", return_lse)
-    backend, precision = check.backend(backend), check.precision(precision)
+    backend, dot_precision = check.backend(backend), check.precision(precision)
     query, key, value = check.attention_arrays(query, key, value, rank=1, equal_spatial=bool(is_causal))
     scale = check.scale(scale, query.shape[-1])
     batched = query.ndim == 4
     if not batched:
         query, key, value = query[None], key[None], value[None]
-    out, lse = dense(query, key, value, bool(is_causal), scale, backend, precision)
+    out, lse = dense(query, key, value, bool(is_causal), scale, backend, dot_precision)
     if not batched:
         out, lse = out[0], lse[0]
     return (out, lse) if return_lse else out
@@ -95,7 +95,9 @@ def merge_attentions(outputs: Sequence[Array], lses: Sequence[Array]) -> tuple[A
     if not isinstance(outputs, (tuple, list)) or not isinstance(lses, (tuple, list)):
         raise TypeError(f"outputs, lses: expected lists, got {type(outputs).__name__} and {type(lses).__name__}")
     if len(outputs) == 0 or len(outputs) != len(lses):
-        raise ValueError(f"lses: expected one for each of the outputs, at least one, got {len(outputs)} and {len(lses)}")
+        raise ValueError(
+            f"lses: expected one for each of the outputs, at least one, got {len(outputs)} and {len(lses)}"
+        )
     arrays = [check.floating(f"outputs[{i}]", x) for i, x in enumerate(outputs)]
     weights = [check.floating(f"lses[{i}]", x) for i, x in enumerate(lses)]
     for i, (out, lse) in enumerate(zip(arrays, weights, strict=True)):

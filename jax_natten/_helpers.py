@@ -59,9 +59,7 @@ def window_indices(
         coordinates[..., axis] = key.reshape(shape)
         valid &= present.reshape(shape)
     coordinates *= valid[..., None]
-    return WindowIndices(
-        coordinates.reshape(*spatial, window.volume, rank), valid.reshape(*spatial, window.volume)
-    )
+    return WindowIndices(coordinates.reshape(*spatial, window.volume, rank), valid.reshape(*spatial, window.volume))
 
 
 def flops(
@@ -88,7 +86,9 @@ def flops(
       ValueError, TypeError: as `na2d` for the window, ValueError for the shape.
     """
     if len(query_shape) not in (4, 5, 6):
-        raise ValueError(f"query_shape: expected [batch, *spatial, heads, head_dim] of 4 to 6 axes, got {query_shape!r}")
+        raise ValueError(
+            f"query_shape: expected [batch, *spatial, heads, head_dim] of 4 to 6 axes, got {query_shape!r}"
+        )
     batch, *spatial, heads, dim = query_shape
     _, _, slots = _slots(spatial, kernel_size, stride, dilation, is_causal, border)
     value_dim = dim if value_dim is None else value_dim

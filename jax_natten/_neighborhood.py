@@ -90,7 +90,7 @@ def _neighborhood_attention(
       NotImplementedError: float8, or a backend that cannot serve the call.
     """
     window, borders = check.window(rank, kernel_size, stride, dilation, is_causal, border)
-    backend, precision = check.backend(backend), check.precision(precision)
+    backend, dot_precision = check.backend(backend), check.precision(precision)
     check.flag("return_lse", return_lse)
     check.flag("deterministic", deterministic, optional=True)
     query, key, value = check.attention_arrays(query, key, value, rank, equal_spatial=True)
@@ -102,8 +102,9 @@ def _neighborhood_attention(
     lengths = check.lengths(lengths, batch, spatial, borders)
 
     if not batch:
-        query, key, value, lengths, *extra = (x if x is None else x[None] for x in (query, key, value, lengths, *extra))
-    config = FusedConfig(window=window, scale=scale, backend=backend, precision=precision)
+        query, key, value, *extra = (x[None] for x in (query, key, value, *extra))
+        lengths = None if lengths is None else lengths[None]
+    config = FusedConfig(window=window, scale=scale, backend=backend, precision=dot_precision)
     axes = place(window, spatial, borders)
     operands = (
         query,
@@ -114,7 +115,7 @@ def _neighborhood_attention(
     )
     out, lse = bind_forward(operands, config)
     if extra and extra[0].shape[1] > 0:
-        out, lse = _merge_additional(query, *extra, out, lse, lengths, config)
+        out, lse = _merge_additional(query, extra[0], extra[1], out, lse, lengths, config)
     if not batch:
         out, lse = out[0], lse[0]
     return (out, lse) if return_lse else out

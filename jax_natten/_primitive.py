@@ -25,8 +25,8 @@ from jax.interpreters import batching, mlir
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ._version import __version__
 from ._compat import Primitive, requires_devices, vary_alike, varying_axes
+from ._version import __version__
 
 # Platforms with compiled kernels; elsewhere the reference runs.
 KERNEL_PLATFORMS = ("cpu",)
@@ -101,7 +101,9 @@ def define(
 
 def shaped(aval: Any, shape: tuple, dtype: Any, spec: tuple) -> Any:
     """An aval with the mesh and varying axes of `aval` and its own shape, dtype and partition spec."""
-    return aval.update(shape=shape, dtype=np.dtype(dtype), weak_type=False, sharding=aval.sharding.update(spec=P(*spec)))
+    return aval.update(
+        shape=shape, dtype=np.dtype(dtype), weak_type=False, sharding=aval.sharding.update(spec=P(*spec))
+    )
 
 
 def same(aval: Any) -> Any:
@@ -157,7 +159,9 @@ def _partitioning(function: Callable, operands: Sequence[str], results: Sequence
         return function(*xs[:-1])
 
     def sizes(axis, values):
-        return {value.shape[term.index(axis) - len(term)] for term, value in zip(terms, values, strict=True) if axis in term}
+        return {
+            value.shape[term.index(axis) - len(term)] for term, value in zip(terms, values, strict=True) if axis in term
+        }
 
     def partition(mesh, args, outs):
         """Batch and heads as the first operand has them; a spec reused for the rest would give wrong numbers."""

@@ -59,8 +59,9 @@ def _over_blocks(body: Callable, carry: tuple, spatial: tuple, key_spatial: tupl
     return carry, [x.reshape(blocks * block, *x.shape[2:])[:tokens] for x in results]
 
 
-def _accumulation(dtype) -> jnp.dtype:
-    return jnp.promote_types(dtype, jnp.float32)
+def accumulation_dtype(dtype) -> jnp.dtype:
+    """float64 for float64, float32 for the rest."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def _gather(rows: Array, slots: Slots) -> Array:
@@ -69,7 +70,7 @@ def _gather(rows: Array, slots: Slots) -> Array:
     A key that does not exist or is not in the window may hold NaN: it is replaced, not multiplied by 0.
     """
     present = slots.present.reshape(*slots.present.shape, *(1,) * (rows.ndim - 1))
-    return jnp.where(present, rows[slots.key], 0).astype(_accumulation(rows.dtype))
+    return jnp.where(present, rows[slots.key], 0).astype(accumulation_dtype(rows.dtype))
 
 
 # ---- fused triple: one sample has tokens first, then heads
@@ -84,7 +85,7 @@ class _Sample:
         self.frame = frame
         self.spatial, self.key_spatial = query.shape[:rank], key.shape[:rank]
         self.heads, self.key_heads = query.shape[rank], key.shape[rank]
-        self.accumulation = _accumulation(query.dtype)
+        self.accumulation = accumulation_dtype(query.dtype)
         self.query = self.tokens(query)
         self.key, self.value = (x.reshape(prod(self.key_spatial), *x.shape[rank:]) for x in (key, value))
         self.bias = self.table(bias)
@@ -239,10 +240,8 @@ def qk(*operands: Array, config: UnfusedConfig) -> list[Array]:
         keys = _tokens_first(key, key.shape[0], 1)[:, :, 0]
 
         def body(carry, rows, slots):
-            block = queries[rows].astype(_accumulation(query.dtype))
-            return carry, (
-                jnp.einsum("nhgd,nkhd->nhgk", block, _gather(keys, slots), precision=config.precision),
-            )
+            block = queries[rows].astype(accumulation_dtype(query.dtype))
+            return carry, (jnp.einsum("nhgd,nkhd->nhgk", block, _gather(keys, slots), precision=config.precision),)
 
         _, (attn,) = _unfused(config, frame, body)
         return (_heads_first(attn, config.spatial, query.dtype),)
@@ -259,10 +258,8 @@ def av(*operands: Array, config: UnfusedConfig) -> list[Array]:
 
         def body(carry, rows, slots):
             block = jnp.where(slots.present[:, None, None], weights[rows], 0)
-            block = block.astype(_accumulation(attn.dtype))
-            return carry, (
-                jnp.einsum("nhgk,nkhd->nhgd", block, _gather(values, slots), precision=config.precision),
-            )
+            block = block.astype(accumulation_dtype(attn.dtype))
+            return carry, (jnp.einsum("nhgk,nkhd->nhgd", block, _gather(values, slots), precision=config.precision),)
 
         _, (out,) = _unfused(config, frame, body)
         return (_heads_first(out, config.spatial, attn.dtype),)
@@ -276,7 +273,7 @@ def inverse(*operands: Array, config: UnfusedConfig) -> list[Array]:
     def one(attn, x, frame):
         key_heads = attn.shape[0] // config.group
         weights, rows_x = (_tokens_first(array, key_heads, config.group) for array in (attn, x))
-        accumulation = _accumulation(x.dtype)
+        accumulation = accumulation_dtype(x.dtype)
         total = jnp.zeros((prod(config.key_spatial), key_heads, x.shape[-1]), accumulation)
 
         def body(carry, rows, slots):

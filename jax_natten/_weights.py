@@ -17,6 +17,7 @@ from ._config import UnfusedConfig
 from ._frame import Axis, existing_queries, frame, has_absent_slots, place, wrap
 from ._neighborhood import PerAxisBool, PerAxisInt, PerAxisStr
 from ._rank import of_rank
+from ._reference import accumulation_dtype
 from ._unfused import av_p, qk_p, spread_p
 from ._window import Window, neighborhood
 
@@ -59,7 +60,7 @@ def _qk(
       NotImplementedError: float8, or a backend that cannot serve the call.
     """
     window, borders = check.window(rank, kernel_size, stride, dilation, is_causal, border)
-    backend, precision = check.backend(backend), check.precision(precision)
+    backend, dot_precision = check.backend(backend), check.precision(precision)
     query = check.array("query", query, (rank + 3,), check.HEADS_FIRST)
     key = check.array("key", key, (rank + 3,), check.HEADS_FIRST)
     check.same_dtype(query=query, key=key)
@@ -75,17 +76,17 @@ def _qk(
         additional_keys = check.tokens("additional_keys", additional_keys, "key", key, expected)
 
     axes = place(window, spatial, borders)
-    config = _config(window, spatial, axes, group, backend, precision)
+    config = _config(window, spatial, axes, group, backend, dot_precision)
     where = frame(axes, query.shape[:1], lengths)
     logits = _bind(qk_p, query, wrap(key, axes, first=2), where, config=config)
     if table is not None:
-        accumulation = jnp.promote_types(query.dtype, jnp.float32)
+        accumulation = accumulation_dtype(query.dtype)
         tables = jnp.broadcast_to(table.astype(accumulation), (query.shape[0], *table.shape))
         logits = (logits.astype(accumulation) + _bind(spread_p, tables, where, config=config)).astype(query.dtype)
     if has_absent_slots(window, axes, lengths):
         logits = jnp.where(_present(window, axes, lengths, config), logits, -jnp.inf)
     if additional_keys is not None:
-        more = jnp.einsum("bhg...d,bhnd->bhg...n", _grouped(query, group), additional_keys, precision=precision)
+        more = jnp.einsum("bhg...d,bhnd->bhg...n", _grouped(query, group), additional_keys, precision=dot_precision)
         logits = jnp.concatenate([logits, more.reshape(*query.shape[:-1], more.shape[-1])], axis=-1)
     if lengths is not None:
         logits = jnp.where(existing_queries(lengths, spatial)[:, None, ..., None], logits, 0)
@@ -125,7 +126,7 @@ def _av(
       NotImplementedError: float8, or a backend that cannot serve the call.
     """
     window, borders = check.window(rank, kernel_size, stride, dilation, is_causal, border)
-    backend, precision = check.backend(backend), check.precision(precision)
+    backend, dot_precision = check.backend(backend), check.precision(precision)
     attn = check.array("attn", attn, (rank + 3,), "[batch, heads, *spatial, weights]")
     value = check.array("value", value, (rank + 3,), check.HEADS_FIRST)
     check.same_dtype(attn=attn, value=value)
@@ -141,14 +142,14 @@ def _av(
     check.weights(attn, window.volume, 0 if additional_values is None else additional_values.shape[2])
 
     axes = place(window, spatial, borders)
-    config = _config(window, spatial, axes, group, backend, precision)
+    config = _config(window, spatial, axes, group, backend, dot_precision)
     where = frame(axes, attn.shape[:1], lengths)
     inner, more = attn[..., : window.volume], attn[..., window.volume :]
     out = _bind(av_p, inner, wrap(value, axes, first=2), where, config=config)
     if additional_values is not None:
         if lengths is not None:
             more = jnp.where(existing_queries(lengths, spatial)[:, None, ..., None], more, 0)
-        part = jnp.einsum("bhg...n,bhnd->bhg...d", _grouped(more, group), additional_values, precision=precision)
+        part = jnp.einsum("bhg...n,bhnd->bhg...d", _grouped(more, group), additional_values, precision=dot_precision)
         out = out + part.reshape(out.shape)
     return out
 

@@ -108,5 +108,6 @@ def neighborhood(window: Window, query: Any, spatial: tuple, frame: Any, key_spa
             flat.bias * window.bias_shape[axis] + bias,
         )
     present = flat.present.reshape(query.shape[0], window.volume)
-    key, bias = (present * index.reshape(present.shape) for index in (flat.key, flat.bias))
+    xp = query.__array_namespace__()
+    key, bias = (xp.where(present, index.reshape(present.shape), 0) for index in (flat.key, flat.bias))
     return Slots(key, present, bias)
