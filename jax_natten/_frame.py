@@ -61,7 +61,7 @@ def frame(axes: Sequence[Axis], batch: Sequence[int], lengths: jax.Array | None)
     if lengths is None:
         return full
     sizes = full[..., 2, :]
-    missing = sizes - jnp.clip(lengths, 0, sizes)
+    missing = sizes - jnp.clip(lengths, jnp.zeros_like(sizes), sizes)
     shorter = jnp.stack([missing, jnp.zeros_like(missing), missing, jnp.zeros_like(missing), missing], axis=-2)
     return full - shorter
 
@@ -71,7 +71,7 @@ def existing_queries(lengths: jax.Array, spatial: Sequence[int]) -> jax.Array:
     rank = len(spatial)
     exists = jnp.ones((), bool)
     for axis, size in enumerate(spatial):
-        inside = jnp.arange(size) < lengths[:, axis, None]
+        inside = jnp.arange(size, dtype=lengths.dtype) < lengths[:, axis, None]
         exists = exists & inside.reshape(-1, *(size if a == axis else 1 for a in range(rank)))
     return exists
 
