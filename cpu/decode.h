@@ -103,7 +103,7 @@ class Decoder {
   }
 
   // The problem, after all operands. Names that no operand has are sizes of 1, except the keys
-  // where there is no array of them: then any key may be meant.
+  // where there is no array of them: then there are as many as a token's number can tell apart.
   template <int Rank>
   Problem<Rank> problem(const ffi::AnyBuffer& frame) {
     expect("frame", frame, ffi::DataType::S32, {Axis::kBatch, Axis::kFrameRows, Axis::kRank});
@@ -113,7 +113,7 @@ class Decoder {
       result.window[a] = {attributes_.kernel_size[a], attributes_.stride[a],
                           attributes_.dilation[a], attributes_.is_causal[a] != 0};
       result.query_shape[a] = size(Axis::kQueries, a, 1);
-      result.key_shape[a] = size(Axis::kKeys, a, kAnyKeys);
+      result.key_shape[a] = size(Axis::kKeys, a, int64_t{1} << (60 / Rank));
     }
     result.samples = 1;
     for (int64_t size : sizes_[index(Axis::kBatch)]) result.samples *= size;
@@ -134,9 +134,9 @@ class Decoder {
   ffi::Error error() const { return ffi::Error::InvalidArgument("jax_natten: " + message_); }
 
  private:
-  static constexpr int64_t kAnyKeys = int64_t{1} << 31;
-  // Larger windows are refused: the number of a bias table's entries has to fit in an int64.
-  static constexpr int64_t kLargest = int64_t{1} << 20;
+  static constexpr int64_t kSettingEnd = int64_t{1} << 31;
+  // Larger windows are refused, so that the number of a bias table's entries fits in an int64.
+  static constexpr int64_t kMostBiases = int64_t{1} << 62;
 
   static int index(Axis axis) { return static_cast<int>(axis); }
 
@@ -161,7 +161,12 @@ class Decoder {
                attributes_.is_causal.size() != rank) {
       fail("stride, dilation and is_causal", "must have as many entries as kernel_size");
     } else {
-      for (size_t a = 0; a < rank; ++a) check_axis(a);
+      int64_t most = kMostBiases;
+      for (size_t a = 0; a < rank; ++a) {
+        check_axis(a);
+        if (!failed()) most /= 2 * attributes_.kernel_size[a] - 1;
+      }
+      if (most == 0) fail("kernel_size", "is too large");
     }
   }
 
@@ -169,9 +174,9 @@ class Decoder {
     const int64_t k = attributes_.kernel_size[a];
     const int64_t t = attributes_.stride[a];
     const int64_t d = attributes_.dilation[a];
-    if (k < 1 || k > kLargest) fail("kernel_size", "must lie between 1 and 2^20");
+    if (k < 1 || k >= kSettingEnd) fail("kernel_size", "must lie between 1 and 2^31 - 1");
     if (t < 1 || t > k) fail("stride", "must lie between 1 and kernel_size");
-    if (d < 1 || d >= kAnyKeys) fail("dilation", "must lie between 1 and 2^31 - 1");
+    if (d < 1 || d >= kSettingEnd) fail("dilation", "must lie between 1 and 2^31 - 1");
   }
 
   void bind(Axis axis, std::vector<int64_t> sizes) {
