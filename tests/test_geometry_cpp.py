@@ -7,7 +7,10 @@ give indices inside the arrays.
 
 import itertools
 
+import numpy as np
 import pytest
+
+from jax_natten._window import Window, axis_slots
 
 _cpu = pytest.importorskip("jax_natten._cpu")
 
@@ -92,6 +95,18 @@ def test_frames(window):
     ]
     for frame in frames:
         check(window, frame, 12, 20)
+
+
+@pytest.mark.parametrize("frame", [(20, 0, 20, 0, 20), (17, 5, 4, 3, 9), (12, -3, 9, -5, 20)], ids=str)
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+def test_python_twin(window, frame):
+    """`axis_slots` is the same geometry, which the reference and the other platforms run."""
+    slots = axis_slots(Window(*((entry,) for entry in window)), 0, np.arange(20), frame)
+    pairs = {
+        (int(i), int(slots.key[i, slot])): (int(slot), int(slots.bias[i, slot]))
+        for i, slot in np.argwhere(slots.present)
+    }
+    assert from_queries(*window, frame, 20, 20) == pairs
 
 
 HOSTILE = [
