@@ -11,7 +11,9 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import jax
@@ -42,6 +44,7 @@ CASES = {
     "3d 8x32x32 w3x7x7": Case((1, 8, 32, 32, 4, 32), (3, 7, 7)),
     "3d 16x32x32 w5x9x9 d64": Case((1, 16, 32, 32, 4, 64), (5, 9, 9)),
 }
+PASSES = ("forward", "forward+backward")
 MEMORY_CASE = Case((1, 256, 256, 4, 32), (13, 13))
 
 
@@ -91,17 +94,17 @@ def rates(case: Case, repeats: int) -> dict[str, float]:
     }
 
 
-def memory(case: Case) -> dict[str, float]:
-    """Peak memory of a call over that of its inputs and outputs, Linux only."""
-    inputs = arrays(case.shape, 4)
+def memory(name: str) -> float:
+    """Peak memory of a call over that of its inputs and outputs; Linux only, in a process of its own."""
+    inputs = arrays(MEMORY_CASE.shape, 4)
     size = inputs[0].nbytes
-    forward, both = forward_and_backward(case)
-    ratios = {}
-    for name, function, n_inputs, n_outputs in (("forward", forward, 3, 1), ("forward+backward", both, 4, 4)):
-        compiled = function.lower(*inputs[:n_inputs]).compile()
-        before, peak = peak_growth(compiled, inputs[:n_inputs])
-        ratios[name] = (n_inputs * size + peak - before) / ((n_inputs + n_outputs) * size)
-    return ratios
+    function, n_inputs, n_outputs = {
+        "forward": (forward_and_backward(MEMORY_CASE)[0], 3, 1),
+        "forward+backward": (forward_and_backward(MEMORY_CASE)[1], 4, 4),
+    }[name]
+    compiled = function.lower(*inputs[:n_inputs]).compile()
+    before, peak = peak_growth(compiled, inputs[:n_inputs])
+    return (n_inputs * size + peak - before) / ((n_inputs + n_outputs) * size)
 
 
 def peak_growth(function: Callable, args: list[jax.Array]) -> tuple[int, int]:
@@ -131,7 +134,8 @@ def main() -> None:
         row = report["cases"][name] = rates(CASES[name], args.repeats)
         print(f"  {name:24}", *(f"{key} {rate:6.2f} ({rate / ceiling:.3f})" for key, rate in row.items()), sep="  ")
     if Path("/proc/self/clear_refs").exists():
-        report["memory"] = memory(MEMORY_CASE)
+        fresh = ProcessPoolExecutor(mp_context=get_context("spawn"), max_tasks_per_child=1)  # nothing freed to reuse
+        report["memory"] = dict(zip(PASSES, fresh.map(memory, PASSES), strict=True))
         figures = ", ".join(f"{key} {ratio:.2f}" for key, ratio in report["memory"].items())
         print(f"  peak memory over inputs and outputs, 256x256 w13: {figures}")
     if args.json:
