@@ -87,7 +87,7 @@ backward_p = define(
 def bias_operand(table: jax.Array | None, query: jax.Array, window: Window) -> jax.Array:
     """The bias that the primitives take, `[batch, heads, *offsets]`, from `[heads, *offsets]` or None."""
     batch, heads = query.shape[0], query.shape[-2]
-    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    dtype = reference.accumulation_dtype(query.dtype)
     if table is None:
         return jnp.zeros((batch, heads, *(0,) * window.rank), dtype)
     return jnp.broadcast_to(table.astype(dtype), (batch, *table.shape))
