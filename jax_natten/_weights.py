@@ -86,10 +86,12 @@ def _qk(
     if has_absent_slots(window, axes, lengths):
         logits = jnp.where(_present(window, axes, lengths, config), logits, -jnp.inf)
     if additional_keys is not None:
-        more = jnp.einsum("bhg...d,bhnd->bhg...n", _grouped(query, group), additional_keys, precision=dot_precision)
+        # A query beyond the lengths may hold NaN, which would reach the gradient of the additional keys.
+        rows = query if lengths is None else jnp.where(_exists(lengths, spatial), query, 0)
+        more = jnp.einsum("bhg...d,bhnd->bhg...n", _grouped(rows, group), additional_keys, precision=dot_precision)
         logits = jnp.concatenate([logits, more.reshape(*query.shape[:-1], more.shape[-1])], axis=-1)
     if lengths is not None:
-        logits = jnp.where(existing_queries(lengths, spatial)[:, None, ..., None], logits, 0)
+        logits = jnp.where(_exists(lengths, spatial), logits, 0)
     return logits
 
 
@@ -148,7 +150,7 @@ def _av(
     out = _bind(av_p, inner, wrap(value, axes, first=2), where, config=config)
     if additional_values is not None:
         if lengths is not None:
-            more = jnp.where(existing_queries(lengths, spatial)[:, None, ..., None], more, 0)
+            more = jnp.where(_exists(lengths, spatial), more, 0)
         part = jnp.einsum("bhg...n,bhnd->bhg...d", _grouped(more, group), additional_values, precision=dot_precision)
         out = out + part.reshape(out.shape)
     return out
@@ -164,6 +166,11 @@ def _config(window: Window, spatial, axes: list[Axis], group: int, backend, prec
 def _bind(primitive, *operands: Array, config: UnfusedConfig) -> Array:
     (out,) = primitive.bind(*vary_alike(operands), config=config)
     return out
+
+
+def _exists(lengths: Array, spatial) -> Array:
+    """Which queries lie within the lengths, `[batch, 1, *spatial, 1]`."""
+    return existing_queries(lengths, spatial)[:, None, ..., None]
 
 
 def _grouped(x: Array, group: int) -> Array:
