@@ -109,8 +109,10 @@ class _Sample:
     def scan(self, body: Callable, carry: tuple = ()):
         return _over_blocks(body, carry, self.spatial, self.key_spatial, self.config.window, self.frame)
 
-    def rows(self, x: Array, query: Array) -> Array:
-        return x[query].astype(self.accumulation)
+    def rows(self, x: Array, query: Array, slots: Slots) -> Array:
+        """The rows of a block's queries; 0 for a query without keys, which may not exist and hold NaN."""
+        sees = jnp.any(slots.present, axis=1)
+        return jnp.where(sees.reshape(-1, *(1,) * (x.ndim - 1)), x[query], 0).astype(self.accumulation)
 
     def einsum(self, equation: str, *operands: Array) -> Array:
         return jnp.einsum(equation, *operands, precision=self.config.precision)
@@ -137,7 +139,7 @@ def forward(*operands: Array, config: FusedConfig) -> list[Array]:
 
         def body(carry, rows, slots):
             key, value = _gather(sample.key, slots), _gather(sample.value, slots)
-            logits = sample.logits(sample.rows(sample.query, rows), key, slots)
+            logits = sample.logits(sample.rows(sample.query, rows, slots), key, slots)
             largest = jnp.max(logits, axis=1, keepdims=True)
             largest = jnp.where(largest == -jnp.inf, 0, largest)
             weights = jnp.exp(logits - largest)
@@ -162,7 +164,7 @@ def tangent(*operands: Array, config: FusedConfig) -> list[Array]:
 
         def body(carry, rows, slots):
             key, key_dot = _gather(sample.key, slots), _gather(moved.key, slots)
-            query, query_dot = sample.rows(sample.query, rows), sample.rows(moved.query, rows)
+            query, query_dot = sample.rows(sample.query, rows, slots), sample.rows(moved.query, rows, slots)
             weights = sample.weights(query, key, rows_lse[rows], slots)
             logits_dot = sample.scores(query_dot, key) + sample.scores(query, key_dot)
             if moved.bias is not None:
@@ -191,9 +193,9 @@ def backward(*operands: Array, config: FusedConfig) -> list[Array]:
 
         def body(sums, rows, slots):
             key, value = _gather(sample.key, slots), _gather(sample.value, slots)
-            query, out_bar = sample.rows(sample.query, rows), sample.rows(rows_out_bar, rows)
+            query, out_bar = sample.rows(sample.query, rows, slots), sample.rows(rows_out_bar, rows, slots)
             weights = sample.weights(query, key, rows_lse[rows], slots)
-            delta = rows_lse_bar[rows] - jnp.sum(out_bar * sample.rows(rows_out, rows), axis=-1)
+            delta = sample.rows(rows_lse_bar, rows, slots) - jnp.sum(out_bar * sample.rows(rows_out, rows, slots), axis=-1)
             logits_bar = weights * (sample.einsum("nhge,nkhe->nkhg", out_bar, value) + delta[:, None])
             query_bar = config.scale * sample.einsum("nkhg,nkhd->nhgd", logits_bar, key)
             parts = [
@@ -241,7 +243,8 @@ def qk(*operands: Array, config: UnfusedConfig) -> list[Array]:
 
         def body(carry, rows, slots):
             block = queries[rows].astype(accumulation_dtype(query.dtype))
-            return carry, (jnp.einsum("nhgd,nkhd->nhgk", block, _gather(keys, slots), precision=config.precision),)
+            attn = jnp.einsum("nhgd,nkhd->nhgk", block, _gather(keys, slots), precision=config.precision)
+            return carry, (jnp.where(slots.present[:, None, None], attn, 0),)
 
         _, (attn,) = _unfused(config, frame, body)
         return (_heads_first(attn, config.spatial, query.dtype),)
