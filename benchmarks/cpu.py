@@ -7,6 +7,7 @@ the machine. Times are medians. Usage:
 """
 
 import argparse
+import ctypes
 import json
 import statistics
 import time
@@ -95,8 +96,8 @@ def rates(case: Case, repeats: int) -> dict[str, float]:
 
 
 def memory(name: str) -> float:
-    """Peak memory of a call over that of its inputs and outputs; Linux only, in a process of its own."""
-    inputs = arrays(MEMORY_CASE.shape, 4)
+    """Peak memory of a call over that of its inputs and outputs; needs Linux with glibc and a process of its own."""
+    inputs = jax.block_until_ready(arrays(MEMORY_CASE.shape, 4))
     size = inputs[0].nbytes
     function, n_inputs, n_outputs = {
         "forward": (forward_and_backward(MEMORY_CASE)[0], 3, 1),
@@ -109,6 +110,7 @@ def memory(name: str) -> float:
 
 def peak_growth(function: Callable, args: list[jax.Array]) -> tuple[int, int]:
     """Resident bytes before a call and their peak during it."""
+    ctypes.CDLL(None).malloc_trim(0)  # gives back what was freed, so that the call cannot reuse it unseen
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
     before = resident_bytes("VmRSS")
     jax.block_until_ready(function(*args))
