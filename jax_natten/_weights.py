@@ -152,7 +152,8 @@ def _av(
         if lengths is not None:
             more = jnp.where(_exists(lengths, spatial), more, 0)
         part = jnp.einsum("bhg...n,bhnd->bhg...d", _grouped(more, group), additional_values, precision=dot_precision)
-        out = out + part.reshape(out.shape)
+        part = part.reshape(out.shape)
+        out = out + (part if lengths is None else jnp.where(_exists(lengths, spatial), part, 0))
     return out
 
 
