@@ -18,52 +18,12 @@
 #include <vector>
 
 #include "cpu/number.h"
+#include "cpu/operands.h"
 #include "cpu/parallel.h"
 #include "cpu/problem.h"
 #include "cpu/vector.h"
 
 namespace jax_natten {
-
-template <typename Element, int Rank>
-struct FusedOperands {
-  Problem<Rank> problem;
-  Tensor<const Element> q;
-  Tensor<const Element> k;
-  Tensor<const Element> v;
-  Tensor<const Accumulator<Element>> bias;  // a head is one table; data is null for no bias
-
-  bool has_bias() const { return bias.data != nullptr; }
-};
-
-template <typename Element, int Rank>
-struct ForwardOperands : FusedOperands<Element, Rank> {
-  Tensor<Element> out;
-  Tensor<Accumulator<Element>> lse;
-};
-
-template <typename Element, int Rank>
-struct TangentOperands : FusedOperands<Element, Rank> {
-  Tensor<const Accumulator<Element>> lse;
-  Tensor<const Element> dq;
-  Tensor<const Element> dk;
-  Tensor<const Element> dv;
-  Tensor<const Accumulator<Element>> dbias;
-  Tensor<Element> dout;
-  Tensor<Accumulator<Element>> dlse;
-};
-
-template <typename Element, int Rank>
-struct BackwardOperands : FusedOperands<Element, Rank> {
-  Tensor<const Element> out;
-  Tensor<const Accumulator<Element>> lse;
-  Tensor<const Element> ct_out;
-  Tensor<const Accumulator<Element>> ct_lse;
-  Tensor<Element> dq;
-  Tensor<Element> dk;
-  Tensor<Element> dv;
-  Tensor<Accumulator<Element>> dbias;
-  Tensor<Accumulator<Element>> delta;
-};
 
 namespace fused {
 

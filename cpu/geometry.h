@@ -21,6 +21,13 @@
 #define JAX_NATTEN_HOST_DEVICE
 #endif
 
+// Before a template for host and device whose argument may be callable on one of them only.
+#ifdef __CUDACC__
+#define JAX_NATTEN_VISITS _Pragma("nv_exec_check_disable")
+#else
+#define JAX_NATTEN_VISITS
+#endif
+
 namespace jax_natten {
 
 // The static window of one axis. 1 <= stride <= kernel_size and dilation >= 1.

@@ -1,13 +1,18 @@
-// The XLA FFI handlers of the CPU, the only symbols that the Python module needs.
+// The XLA FFI handlers of a platform, all that its Python module needs.
 #pragma once
 
-#include "xla/ffi/api/ffi.h"
+#include <vector>
 
-XLA_FFI_DECLARE_HANDLER_SYMBOL(jax_natten_forward);
-XLA_FFI_DECLARE_HANDLER_SYMBOL(jax_natten_tangent);
-XLA_FFI_DECLARE_HANDLER_SYMBOL(jax_natten_backward);
-XLA_FFI_DECLARE_HANDLER_SYMBOL(jax_natten_qk);
-XLA_FFI_DECLARE_HANDLER_SYMBOL(jax_natten_av);
-XLA_FFI_DECLARE_HANDLER_SYMBOL(jax_natten_inverse);
-XLA_FFI_DECLARE_HANDLER_SYMBOL(jax_natten_spread);
-XLA_FFI_DECLARE_HANDLER_SYMBOL(jax_natten_collect);
+#include "xla/ffi/api/c_api.h"
+
+namespace jax_natten {
+
+struct Handler {
+  const char* target;  // the name that it is registered under
+  XLA_FFI_Handler* function;
+};
+
+// Each platform's library defines its own.
+std::vector<Handler> handlers();
+
+}  // namespace jax_natten

@@ -6,27 +6,12 @@
 #include <cstdint>
 
 #include "cpu/geometry.h"
-#include "cpu/handlers.h"
-#include "xla/ffi/api/c_api.h"
+#include "cpu/registrations.h"
 
 namespace nb = nanobind;
 
 namespace jax_natten {
 namespace {
-
-nb::dict registrations() {
-  const auto capsule = [](auto* handler) { return nb::capsule(reinterpret_cast<void*>(handler)); };
-  nb::dict handlers;
-  handlers["jax_natten_forward"] = capsule(jax_natten_forward);
-  handlers["jax_natten_tangent"] = capsule(jax_natten_tangent);
-  handlers["jax_natten_backward"] = capsule(jax_natten_backward);
-  handlers["jax_natten_qk"] = capsule(jax_natten_qk);
-  handlers["jax_natten_av"] = capsule(jax_natten_av);
-  handlers["jax_natten_inverse"] = capsule(jax_natten_inverse);
-  handlers["jax_natten_spread"] = capsule(jax_natten_spread);
-  handlers["jax_natten_collect"] = capsule(jax_natten_collect);
-  return handlers;
-}
 
 // The geometry functions take (kernel_size, stride, dilation, is_causal), the frame's column
 // (extent, query origin, query count, key origin, key count), and the arrays' sizes.
@@ -81,8 +66,7 @@ nb::list queries_of_keys(int64_t kernel_size, int64_t stride, int64_t dilation, 
 
 NB_MODULE(_cpu, m) {
   using namespace nanobind::literals;
-  m.def("registrations", &jax_natten::registrations);
-  m.def("ffi_api_version", [] { return nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); });
+  jax_natten::define_registrations(m);
   m.def("keys_of_queries", &jax_natten::keys_of_queries, "kernel_size"_a, "stride"_a, "dilation"_a,
         "is_causal"_a, "frame"_a, "query_size"_a, "key_size"_a);
   m.def("queries_of_keys", &jax_natten::queries_of_keys, "kernel_size"_a, "stride"_a, "dilation"_a,

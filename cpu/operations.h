@@ -4,50 +4,11 @@
 // defines them and every file of instantiate/ compiles one element type.
 #pragma once
 
+#include "cpu/buffers.h"
 #include "cpu/decode.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_natten {
-
-struct ForwardBuffers {
-  ffi::AnyBuffer q, k, v, bias, frame;
-  ffi::AnyBuffer out, lse;
-};
-
-struct TangentBuffers {
-  ffi::AnyBuffer q, k, v, bias, frame, out, lse, dq, dk, dv, dbias;
-  ffi::AnyBuffer dout, dlse;
-};
-
-struct BackwardBuffers {
-  ffi::AnyBuffer q, k, v, bias, frame, out, lse, ct_out, ct_lse;
-  ffi::AnyBuffer dq, dk, dv, dbias, delta;
-};
-
-struct QkBuffers {
-  ffi::AnyBuffer query, key, frame;
-  ffi::AnyBuffer attn;
-};
-
-struct AvBuffers {
-  ffi::AnyBuffer attn, value, frame;
-  ffi::AnyBuffer out;
-};
-
-struct InverseBuffers {
-  ffi::AnyBuffer attn, x, frame;
-  ffi::AnyBuffer out;
-};
-
-struct SpreadBuffers {
-  ffi::AnyBuffer table, frame;
-  ffi::AnyBuffer attn;
-};
-
-struct CollectBuffers {
-  ffi::AnyBuffer attn, frame;
-  ffi::AnyBuffer table;
-};
 
 template <typename Element>
 struct Operations {

@@ -15,7 +15,7 @@ namespace jax_natten {
 inline constexpr int kFrameRows = 5;  // extent, query origin, query count, key origin, key count
 
 template <int Rank>
-constexpr int64_t product(const int64_t (&sizes)[Rank]) {
+constexpr JAX_NATTEN_HOST_DEVICE int64_t product(const int64_t (&sizes)[Rank]) {
   int64_t result = 1;
   for (int64_t size : sizes) result *= size;
   return result;
@@ -34,26 +34,26 @@ struct Problem {
   double scale;          // of the logits
   const int32_t* frame;  // [samples, kFrameRows, Rank]
 
-  int64_t queries() const { return product(query_shape); }
-  int64_t keys() const { return product(key_shape); }
-  int64_t group() const { return heads_kv == 0 ? 0 : heads / heads_kv; }
+  JAX_NATTEN_HOST_DEVICE int64_t queries() const { return product(query_shape); }
+  JAX_NATTEN_HOST_DEVICE int64_t keys() const { return product(key_shape); }
+  JAX_NATTEN_HOST_DEVICE int64_t group() const { return heads_kv == 0 ? 0 : heads / heads_kv; }
 
   // Slots of a window.
-  int64_t slots() const {
+  JAX_NATTEN_HOST_DEVICE int64_t slots() const {
     int64_t result = 1;
     for (const AxisWindow& axis : window) result *= axis.kernel_size;
     return result;
   }
 
   // Entries of a bias table.
-  int64_t biases() const {
+  JAX_NATTEN_HOST_DEVICE int64_t biases() const {
     int64_t result = 1;
     for (const AxisWindow& axis : window) result *= 2 * axis.kernel_size - 1;
     return result;
   }
 
   // The most keys that a query can see: fewer than slots() where a window is longer than the axis.
-  int64_t most_keys() const {
+  JAX_NATTEN_HOST_DEVICE int64_t most_keys() const {
     int64_t result = 1;
     for (int a = 0; a < Rank; ++a) {
       result *= geometry::min(window[a].kernel_size, key_shape[a]);
@@ -69,11 +69,11 @@ struct Layout {
   int64_t token;
 };
 
-constexpr Layout token_major(int64_t heads, int64_t tokens, int64_t row) {
+constexpr JAX_NATTEN_HOST_DEVICE Layout token_major(int64_t heads, int64_t tokens, int64_t row) {
   return {tokens * heads * row, row, heads * row};
 }
 
-constexpr Layout heads_first(int64_t heads, int64_t tokens, int64_t row) {
+constexpr JAX_NATTEN_HOST_DEVICE Layout heads_first(int64_t heads, int64_t tokens, int64_t row) {
   return {heads * tokens * row, tokens * row, row};
 }
 
@@ -86,10 +86,10 @@ struct Tensor {
   struct Head {
     T* data;
     int64_t stride;
-    T* row(int64_t token) const { return data + token * stride; }
+    JAX_NATTEN_HOST_DEVICE T* row(int64_t token) const { return data + token * stride; }
   };
 
-  Head head(int64_t sample, int64_t head) const {
+  JAX_NATTEN_HOST_DEVICE Head head(int64_t sample, int64_t head) const {
     return {data + sample * layout.sample + head * layout.head, layout.token};
   }
 };
@@ -114,7 +114,7 @@ struct Strides {
   int64_t slot[Rank];
   int64_t bias[Rank];
 
-  explicit Strides(const Problem<Rank>& problem) {
+  JAX_NATTEN_HOST_DEVICE explicit Strides(const Problem<Rank>& problem) {
     int64_t q = 1, k = 1, s = 1, b = 1;
     for (int a = Rank - 1; a >= 0; --a) {
       query[a] = q, key[a] = k, slot[a] = s, bias[a] = b;
@@ -134,7 +134,7 @@ struct Neighborhood {
   int64_t slot_stride[Rank];
   int64_t bias_stride[Rank];
 
-  bool empty() const {
+  JAX_NATTEN_HOST_DEVICE bool empty() const {
     for (const AxisNeighbors& neighbors : axis) {
       if (neighbors.count == 0) return true;
     }
@@ -142,8 +142,9 @@ struct Neighborhood {
   }
 
   // Calls visit(const Run<Rank>&) for every run, in row-major order.
+  JAX_NATTEN_VISITS
   template <typename Visit>
-  void for_each_run(Visit&& visit) const {
+  JAX_NATTEN_HOST_DEVICE void for_each_run(Visit&& visit) const {
     if (empty()) return;
     constexpr int kLast = Rank - 1;
     Run<Rank> run{};
@@ -170,7 +171,8 @@ struct Neighborhood {
 template <int Rank>
 class Sample {
  public:
-  Sample(const Problem<Rank>& problem, int64_t sample) : problem_(problem), strides_(problem) {
+  JAX_NATTEN_HOST_DEVICE Sample(const Problem<Rank>& problem, int64_t sample)
+      : problem_(problem), strides_(problem) {
     const int32_t* row = problem.frame + sample * kFrameRows * Rank;
     for (int a = 0; a < Rank; ++a) {
       frame_[a] = make_axis_frame(row[a], row[Rank + a], row[2 * Rank + a], row[3 * Rank + a],
@@ -179,7 +181,7 @@ class Sample {
   }
 
   // The keys that a query sees.
-  Neighborhood<Rank> keys_of(int64_t query) const {
+  JAX_NATTEN_HOST_DEVICE Neighborhood<Rank> keys_of(int64_t query) const {
     Neighborhood<Rank> result = with_strides(strides_.key);
     for (int a = 0; a < Rank; ++a) {
       const int64_t index = query / strides_.query[a] % problem_.query_shape[a];
@@ -189,7 +191,7 @@ class Sample {
   }
 
   // The queries that see a key. Their slots are not linear: see slot_in_axis.
-  Neighborhood<Rank> queries_of(int64_t key) const {
+  JAX_NATTEN_HOST_DEVICE Neighborhood<Rank> queries_of(int64_t key) const {
     Neighborhood<Rank> result = with_strides(strides_.query);
     for (int a = 0; a < Rank; ++a) {
       const int64_t index = key / strides_.key[a] % problem_.key_shape[a];
@@ -199,7 +201,8 @@ class Sample {
   }
 
   // An axis' share of the slot that a key has in the window of the m-th query that sees it.
-  int64_t slot_in_axis(int a, const Neighborhood<Rank>& queries, int64_t key, int64_t m) const {
+  JAX_NATTEN_HOST_DEVICE int64_t slot_in_axis(int a, const Neighborhood<Rank>& queries, int64_t key,
+                                              int64_t m) const {
     const int64_t index = key / strides_.key[a] % problem_.key_shape[a];
     const AxisNeighbors& axis = queries.axis[a];
     const int64_t query = axis.first + m * axis.step;
@@ -207,7 +210,7 @@ class Sample {
   }
 
  private:
-  Neighborhood<Rank> with_strides(const int64_t (&token)[Rank]) const {
+  JAX_NATTEN_HOST_DEVICE Neighborhood<Rank> with_strides(const int64_t (&token)[Rank]) const {
     Neighborhood<Rank> result{};
     for (int a = 0; a < Rank; ++a) {
       result.token_stride[a] = token[a];

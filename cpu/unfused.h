@@ -13,50 +13,12 @@
 #include <vector>
 
 #include "cpu/number.h"
+#include "cpu/operands.h"
 #include "cpu/parallel.h"
 #include "cpu/problem.h"
 #include "cpu/vector.h"
 
 namespace jax_natten {
-
-template <typename Element, int Rank>
-struct QkOperands {
-  Problem<Rank> problem;
-  Tensor<const Element> query;
-  Tensor<const Element> key;
-  Tensor<Element> attn;
-};
-
-template <typename Element, int Rank>
-struct AvOperands {
-  Problem<Rank> problem;
-  Tensor<const Element> attn;
-  Tensor<const Element> value;
-  Tensor<Element> out;
-};
-
-template <typename Element, int Rank>
-struct InverseOperands {
-  Problem<Rank> problem;
-  Tensor<const Element> attn;
-  Tensor<const Element> x;
-  Tensor<Element> out;
-};
-
-// A head of the table is one head's.
-template <typename Element, int Rank>
-struct SpreadOperands {
-  Problem<Rank> problem;
-  Tensor<const Element> table;
-  Tensor<Element> attn;
-};
-
-template <typename Element, int Rank>
-struct CollectOperands {
-  Problem<Rank> problem;
-  Tensor<const Element> attn;
-  Tensor<Element> table;
-};
 
 namespace unfused {
 
