@@ -157,9 +157,8 @@ def fused(
 def complex_step(function, primals, tangents):
     """The derivative of `function(*primals)` (analytic, of complex arrays) along `tangents`, to machine precision."""
     step = 1e-30
-    moved = [
-        x if dx is None else np.asarray(x) + 1j * step * np.asarray(dx) for x, dx in zip(primals, tangents, strict=True)
-    ]
+    primals, tangents = ([np.asarray(x, np.float64) for x in xs] for xs in (primals, tangents))
+    moved = [x + 1j * step * dx for x, dx in zip(primals, tangents, strict=True)]
     return [x.imag / step for x in function(*moved)]
 
 
