@@ -126,10 +126,27 @@ def compare(actual: dict, expected: dict, problem: Problem, factor: float) -> No
         assert_close(grad, expected[name], dtype=dtype, factor=factor, err_msg=f"gradient of {name}")
 
 
-# ---- fused
+# ---- everything at once, compiled once
 
 
-def check_fused(problem: Problem, backend: str | None, *, forward_mode: bool = True, factor: float = 1.0) -> None:
+def _derivatives(function, arrays: dict, exists: np.ndarray, forward_mode: bool):
+    """out (a tuple), its random cotangents, the gradients, the tangents of the arrays and of out."""
+    operands = jax.tree.map(jnp.asarray, arrays)
+    bars = _cotangents(1, exists, *jax.eval_shape(function, operands))
+    dots = _tangents(2, arrays)
+
+    @jax.jit
+    def run(operands, bars, dots):
+        outs, pull = jax.vjp(function, operands)
+        (grads,) = pull(bars)
+        return outs, grads, jax.jvp(function, (operands,), (dots,))[1] if forward_mode else None
+
+    outs, grads, moved = run(operands, *jax.tree.map(jnp.asarray, (bars, dots)))
+    assert {name: x.dtype for name, x in grads.items()} == {name: x.dtype for name, x in arrays.items()}
+    return outs, tuple(map(wide, bars)), grads, dots, moved
+
+
+def check_fused(problem: Problem, backend: str | None, *, forward_mode: bool = True) -> None:
     """out, lse, all gradients (cotangents of both) and a tangent against brute force."""
     arrays = problem.arrays()
     static = {"scale": problem.scale, **problem.window}
@@ -138,34 +155,23 @@ def check_fused(problem: Problem, backend: str | None, *, forward_mode: bool = T
         return fused(problem.rank)(**arrays, **static, return_lse=True, backend=backend)
 
     with precise(problem.dtype, problem.rpb_dtype):
-        operands = jax.tree.map(jnp.asarray, arrays)
-        (out, lse), pull = jax.vjp(function, operands)
-        assert out.dtype == problem.dtype
-        assert lse.dtype == ("float64" if problem.dtype == "float64" else "float32")
-        bars = _cotangents(1, problem.exists(), out, lse)
-        (grads,) = pull(tuple(map(jnp.asarray, bars)))
-        assert {name: x.dtype for name, x in grads.items()} == {name: x.dtype for name, x in arrays.items()}
-        if forward_mode:
-            dots = _tangents(2, arrays)
-            _, moved = jax.jvp(function, (operands,), (jax.tree.map(jnp.asarray, dots),))
+        (out, lse), bars, grads, dots, moved = _derivatives(function, arrays, problem.exists(), forward_mode)
+    assert out.dtype == problem.dtype
+    assert lse.dtype == ("float64" if problem.dtype == "float64" else "float32")
 
     expected_out, expected_lse = reference.fused(**arrays, **static)
     assert_close(out, expected_out, err_msg="out")
     assert_close(lse, expected_lse, err_msg="lse")
-    expected = reference.fused(**arrays, **static, out_bar=wide(bars[0]), lse_bar=wide(bars[1]))
-    compare(grads, expected, problem, 4 * factor)
+    compare(grads, reference.fused(**arrays, **static, out_bar=bars[0], lse_bar=bars[1]), problem, 4)
     if forward_mode:
-        names = list(arrays)
 
         def by_position(*xs):
-            return reference.fused(**dict(zip(names, xs, strict=True)), **static)
+            return reference.fused(**dict(zip(arrays, xs, strict=True)), **static)
 
-        steps = reference.complex_step(by_position, [arrays[n] for n in names], [dots[n] for n in names])
+        steps = reference.complex_step(by_position, [*arrays.values()], [dots[name] for name in arrays])
         for name, actual, step in zip(("out", "lse"), moved, steps, strict=True):
-            assert_close(actual, step, factor=4 * factor, err_msg=f"tangent of {name}")
-
-
-# ---- unfused
+            low = max(actual.dtype, np.dtype(problem.dtype), key=tolerance)
+            assert_close(actual, step, dtype=low, factor=4, err_msg=f"tangent of {name}")
 
 
 def check_unfused(problem: Problem, backend: str | None, *, forward_mode: bool = True) -> None:
@@ -189,37 +195,24 @@ def _check(problem: Problem, backend, function, brute_force, arrays: dict, forwa
     window = problem.window
 
     def run(arrays):
-        return function(**arrays, **window, backend=backend)
+        return (function(**arrays, **window, backend=backend),)
 
     with precise(problem.dtype, problem.rpb_dtype):
-        operands = jax.tree.map(jnp.asarray, arrays)
-        out, pull = jax.vjp(run, operands)
-        assert out.dtype == problem.dtype
-        (bar,) = _cotangents(1, problem.exists()[:, None], out)
-        (grads,) = pull(jnp.asarray(bar))
-        assert {name: x.dtype for name, x in grads.items()} == {name: x.dtype for name, x in arrays.items()}
-        if forward_mode:
-            dots = _tangents(2, arrays)
-            _, moved = jax.jvp(run, (operands,), (jax.tree.map(jnp.asarray, dots),))
+        (out,), (bar,), grads, dots, moved = _derivatives(run, arrays, problem.exists()[:, None], forward_mode)
+    assert out.dtype == problem.dtype
 
     expected = brute_force(**arrays, **window)
     assert_close(out, expected, err_msg=function.__name__)
-    compare(grads, brute_force(**arrays, **window, bar=wide(bar)), problem, 4)
+    compare(grads, brute_force(**arrays, **window, bar=bar), problem, 4)
     if forward_mode:
-        # Multilinear in the first two groups of arrays, linear in rpb: one term for each array that moves.
-        step = np.zeros(expected.shape)
-        for names in _factors(function.__name__):
-            mixed = {**arrays, **{name: dots[name] for name in names if name in dots}}
-            rest = {} if "rpb" not in arrays else {"rpb": np.zeros_like(arrays["rpb"])}
-            step += brute_force(**{**mixed, **rest}, **window)
-        if "rpb" in arrays:
-            still = {name: x * x.dtype.type(0) for name, x in arrays.items()}
-            step += brute_force(**{**still, "rpb": dots["rpb"]}, **window)
-        step[np.isneginf(expected)] = 0
-        assert_close(moved, step, factor=4, err_msg=f"tangent of {function.__name__}")
+        step = _product_rule(brute_force, arrays, dots, window)
+        assert_close(moved[0], np.where(np.isneginf(expected), 0, step), factor=4, err_msg="tangent")
     return np.asarray(out)
 
 
-def _factors(name: str) -> tuple:
-    """The arrays that move together in each term of the product rule."""
-    return (("query",), ("key", "additional_keys")) if name.endswith("qk") else (("attn",), ("value", "additional_values"))
+def _product_rule(brute_force, arrays: dict, dots: dict, window: dict) -> np.ndarray:
+    """The tangent of an operation that is bilinear in its first array and the others, and affine in rpb."""
+    first, *others = arrays
+    still = {name: np.zeros_like(x) for name, x in arrays.items() if name == "rpb"}
+    step = brute_force(**{**arrays, first: dots[first], **still}, **window)
+    return step + brute_force(**{**arrays, **{name: dots[name] for name in others}}, **window)
