@@ -18,6 +18,7 @@ from math import prod
 import jax
 import jax.numpy as jnp
 
+from ._compat import vary_alike
 from ._config import FusedConfig, UnfusedConfig
 from ._window import Slots, Window, neighborhood
 
@@ -55,7 +56,8 @@ def _over_blocks(body: Callable, carry: tuple, spatial: tuple, key_spatial: tupl
         slots = neighborhood(window, query, spatial, frame, key_spatial)
         return body(carry, query, slots._replace(present=slots.present & inside[:, None]))
 
-    carry, results = jax.lax.scan(step, carry, jnp.arange(blocks, dtype=jnp.int32))
+    *carry, _ = vary_alike((*carry, frame))  # zeros vary over no mesh axis, what is added to them does
+    carry, results = jax.lax.scan(step, tuple(carry), jnp.arange(blocks, dtype=jnp.int32))
     return carry, [x.reshape(blocks * block, *x.shape[2:])[:tokens] for x in results]
 
 
