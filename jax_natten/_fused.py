@@ -24,7 +24,7 @@ from jax.interpreters import ad
 from . import _reference as reference
 from ._compat import vary_alike
 from ._config import FusedConfig
-from ._primitive import define, match, same, shaped, spec_of
+from ._primitive import define, match, per_shard, repeat, same, shaped, spec_of
 from ._window import Window
 
 # What a `checkpoint` policy may save: the results of forward, which backward reads.
@@ -34,6 +34,11 @@ QUERY, KEY, VALUE, BIAS, FRAME = "*Ihd", "*Jgd", "*Jge", "*hO", "*fr"
 OUT, LSE = "*Ihe", "*Ih"
 PRIMALS = (QUERY, KEY, VALUE, BIAS, FRAME)
 RESIDUALS = (*PRIMALS, OUT, LSE)
+FRAME_AT = PRIMALS.index(FRAME)
+
+# Operands and results.
+TANGENT = (*RESIDUALS, QUERY, KEY, VALUE, BIAS), (OUT, LSE)
+BACKWARD = (*RESIDUALS, OUT, LSE), (QUERY, KEY, VALUE, BIAS)
 
 
 # ---- abstract evaluation
@@ -71,15 +76,15 @@ tangent_p = define(
     "tangent",
     abstract=_tangent_avals,
     reference=reference.tangent,
-    operands=(*RESIDUALS, QUERY, KEY, VALUE, BIAS),
-    results=(OUT, LSE),
+    operands=TANGENT[0],
+    results=TANGENT[1],
 )
 backward_p = define(
     "backward",
     abstract=_backward_avals,
     reference=reference.backward,
-    operands=(*RESIDUALS, OUT, LSE),
-    results=(QUERY, KEY, VALUE, BIAS),
+    operands=BACKWARD[0],
+    results=BACKWARD[1],
     workspace=_backward_workspace,
 )
 
@@ -90,7 +95,7 @@ def bias_operand(table: jax.Array | None, query: jax.Array, window: Window) -> j
     dtype = reference.accumulation_dtype(query.dtype)
     if table is None:
         return jnp.zeros((batch, heads, *(0,) * window.rank), dtype)
-    return jnp.broadcast_to(table.astype(dtype), (batch, *table.shape))
+    return repeat(table.astype(dtype), query)
 
 
 def bind_forward(operands: tuple, config: FusedConfig) -> list[jax.Array]:
@@ -116,14 +121,36 @@ def _transpose(dual, cotangents, *operands, config: FusedConfig):
     return [None] * len(residuals) + bars
 
 
-def _reference_jvp(primitive, function, primals, tangents, *, config: FusedConfig):
-    tangents = tuple(map(ad.instantiate_zeros, tangents))
+def _linear_jvp(primitive, function, operands, results, primals, tangents, *, config: FusedConfig):
+    """JVP of tangent and backward: the kernel where only the linear operands move, the reference's JVP otherwise."""
     outs = primitive.bind(*primals, config=config)
-    return outs, jax.jvp(functools.partial(function, config=config), tuple(primals), tangents)[1]
+    residuals = len(RESIDUALS)
+    if all(type(dot) is ad.Zero for dot in _moving(tangents[:residuals])):
+        dots = map(ad.instantiate_zeros, tangents[residuals:])
+        return outs, primitive.bind(*primals[:residuals], *dots, config=config)
+
+    def derivative(*xs):
+        primals, dots = xs[: len(operands)], xs[len(operands) :]
+        frame = primals[FRAME_AT]
+
+        def at(*moving):
+            return function(*moving[:FRAME_AT], frame, *moving[FRAME_AT:], config=config)
+
+        return jax.jvp(at, _moving(primals), dots)[1]
+
+    layouts = (*operands, *_moving(operands))
+    dots = map(ad.instantiate_zeros, _moving(tangents))
+    dots = per_shard(derivative, layouts, results, config.window.rank)(*primals, *dots)
+    return outs, [match(dot, jax.typeof(out)) for dot, out in zip(dots, outs, strict=True)]
+
+
+def _moving(operands):
+    """All operands but the frame, which is of integers and has no tangent."""
+    return (*operands[:FRAME_AT], *operands[FRAME_AT + 1 :])
 
 
 ad.primitive_jvps[forward_p] = _forward_jvp
-ad.primitive_jvps[tangent_p] = functools.partial(_reference_jvp, tangent_p, reference.tangent)
-ad.primitive_jvps[backward_p] = functools.partial(_reference_jvp, backward_p, reference.backward)
+ad.primitive_jvps[tangent_p] = functools.partial(_linear_jvp, tangent_p, reference.tangent, *TANGENT)
+ad.primitive_jvps[backward_p] = functools.partial(_linear_jvp, backward_p, reference.backward, *BACKWARD)
 ad.primitive_transposes[tangent_p] = functools.partial(_transpose, backward_p)
 ad.primitive_transposes[backward_p] = functools.partial(_transpose, tangent_p)

@@ -20,7 +20,7 @@ from jax.interpreters import ad
 
 from . import _reference as reference
 from ._config import UnfusedConfig
-from ._primitive import define, match, shaped, spec_of
+from ._primitive import define, dividing, match, shaped, spec_of
 
 QUERY, KEY, ATTN, TABLE, FRAME = "*hId", "*gJd", "*hIk", "*hO", "*fr"
 
@@ -51,7 +51,8 @@ def _inverse_avals(attn, x, frame, *, config):
     *batch, heads = x.shape[: x.ndim - config.window.rank - 1]
     shape = (*batch, heads // config.group, *config.key_spatial, x.shape[-1])
     *batch_spec, heads_spec = _whole(attn, config)
-    spec = (*batch_spec, heads_spec if config.group == 1 else None, *_none(config, 1))
+    heads_spec = dividing(heads_spec, {shape[len(batch)]}, attn.sharding.mesh.shape)
+    spec = (*batch_spec, heads_spec, *_none(config, 1))
     return [shaped(attn, shape, x.dtype, spec)]
 
 

@@ -16,6 +16,7 @@ from ._compat import vary_alike
 from ._config import UnfusedConfig
 from ._frame import Axis, existing_queries, frame, has_absent_slots, place, wrap
 from ._neighborhood import PerAxisBool, PerAxisInt, PerAxisStr
+from ._primitive import repeat
 from ._rank import of_rank
 from ._reference import accumulation_dtype
 from ._unfused import av_p, qk_p, spread_p
@@ -81,7 +82,7 @@ def _qk(
     logits = _bind(qk_p, query, wrap(key, axes, first=2), where, config=config)
     if table is not None:
         accumulation = accumulation_dtype(query.dtype)
-        tables = jnp.broadcast_to(table.astype(accumulation), (query.shape[0], *table.shape))
+        tables = repeat(table.astype(accumulation), query)
         logits = (logits.astype(accumulation) + _bind(spread_p, tables, where, config=config)).astype(query.dtype)
     if has_absent_slots(window, axes, lengths):
         logits = jnp.where(_present(window, axes, lengths, config), logits, -jnp.inf)
