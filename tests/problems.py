@@ -216,3 +216,63 @@ def _product_rule(brute_force, arrays: dict, dots: dict, window: dict) -> np.nda
     still = {name: np.zeros_like(x) for name, x in arrays.items() if name == "rpb"}
     step = brute_force(**{**arrays, first: dots[first], **still}, **window)
     return step + brute_force(**{**arrays, **{name: dots[name] for name in others}}, **window)
+
+
+# ---- a table that the fused, the unfused and the pure-JAX tests share
+
+PROBLEMS = {
+    "plain": Problem(spatial=(11,), kernel_size=3, batch=2),
+    "even": Problem(spatial=(10,), kernel_size=4),
+    "one_key": Problem(spatial=(3, 4), kernel_size=1, rpb=True),
+    "one_token": Problem(spatial=(1, 1, 1), kernel_size=1, heads=1, dim=1),
+    "whole": Problem(spatial=(5, 4), kernel_size=(5, 4), rpb=True),
+    "dilation_exact": Problem(spatial=(12,), kernel_size=4, dilation=3),
+    "dilation_limit": Problem(spatial=(14,), kernel_size=4, dilation=3, rpb=True),
+    "stride": Problem(spatial=(23,), kernel_size=5, stride=3, dilation=2, rpb=True),
+    "stride_whole_window": Problem(spatial=(13,), kernel_size=4, stride=4),
+    "causal": Problem(spatial=(13,), kernel_size=4, dilation=2, is_causal=True, rpb=True),
+    "causal_stride": Problem(spatial=(19,), kernel_size=5, stride=4, dilation=2, is_causal=True, rpb=True),
+    "causal_some": Problem(spatial=(7, 6), kernel_size=(3, 4), dilation=(2, 1), is_causal=(True, False)),
+    "clip": Problem(spatial=(7,), kernel_size=5, dilation=2, border="clip", rpb=True),
+    "clip_far": Problem(spatial=(3,), kernel_size=9, border="clip", rpb=True),
+    "clip_even_causal": Problem(spatial=(6, 5), kernel_size=(4, 3), border="clip", is_causal=(False, True), rpb=True),
+    "wrap": Problem(spatial=(8, 6), kernel_size=(3, 4), dilation=(2, 1), border="wrap", rpb=True),
+    "all_borders": Problem(spatial=(4, 5, 6), kernel_size=(3, 4, 2), border=("shift", "clip", "wrap"), rpb=True),
+    "lengths": Problem(
+        spatial=(9, 7), kernel_size=(4, 3), stride=(2, 3), dilation=(2, 1), batch=3, lengths=((9, 7), (5, 2), (3, 6))
+    ),
+    "lengths_causal": Problem(spatial=(9,), kernel_size=3, is_causal=True, batch=2, lengths=((6,), (1,)), rpb=True),
+    "lengths_clip": Problem(spatial=(8,), kernel_size=5, border="clip", batch=2, lengths=((4,), (7,)), rpb=True),
+    "lengths_zero": Problem(
+        spatial=(4, 5), kernel_size=3, batch=3, lengths=((0, 0), (4, 0), (4, 5)), rpb=True, additional=2
+    ),
+    "grouped": Problem(spatial=(9,), kernel_size=3, heads=6, heads_kv=2, value_dim=3, rpb=True),
+    "one_key_head": Problem(spatial=(4, 5), kernel_size=3, heads=4, heads_kv=1, additional=1),
+    "additional": Problem(spatial=(5, 4), kernel_size=3, batch=2, additional=3, value_dim=7, rpb=True),
+    "additional_none": Problem(spatial=(7,), kernel_size=3, additional=0),
+    "stride_3d": Problem(
+        spatial=(5, 3, 8),
+        kernel_size=(2, 3, 3),
+        stride=(2, 1, 3),
+        dilation=(2, 1, 2),
+        is_causal=(False, True, False),
+        heads=1,
+        rpb=True,
+    ),
+    "everything": Problem(
+        spatial=(6, 4, 5),
+        kernel_size=(3, 2, 4),
+        stride=(2, 1, 1),
+        dilation=(2, 1, 1),
+        is_causal=(False, True, False),
+        border=("shift", "shift", "clip"),
+        batch=2,
+        heads=4,
+        heads_kv=2,
+        value_dim=3,
+        scale=0.7,
+        lengths=((5, 4, 3), (2, 3, 5)),
+        rpb=True,
+        additional=2,
+    ),
+}
