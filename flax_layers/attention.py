@@ -65,6 +65,20 @@ _DOC = """<rank>-D multi-head neighborhood self-attention.
     """
 
 
+class _HeadNorm(nn.Module):
+    """LayerNorm over head_dim with a scale only, in at least float32. Flax's own fails under strict dtype promotion."""
+
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones_init(), x.shape[-1:], self.param_dtype)
+        wide = x.astype(_accumulation(x))
+        variance = jnp.var(wide, axis=-1, keepdims=True)
+        normal = jax.nn.standardize(wide, axis=-1, variance=variance, epsilon=1e-6)
+        return (normal * scale.astype(wide.dtype)).astype(x.dtype)
+
+
 class _NeighborhoodAttention(nn.Module):
     """Neighborhood self-attention over `rank` axes; the subclasses fix the rank."""
 
@@ -127,10 +141,13 @@ class _NeighborhoodAttention(nn.Module):
         off = not uses_dropout or nn.merge_param("deterministic", self.deterministic, deterministic)
 
         qkv = self._dense(3 * channels, "qkv", self.kernel_init, self.qkv_bias)(x)
-        qkv = qkv.reshape(*x.shape[:-1], 3, self.num_heads, channels // self.num_heads)
-        query, key, value = (qkv[..., part, :, :] for part in range(3))
+        heads = (*x.shape[:-1], self.num_heads, channels // self.num_heads)
+        query, key, value = (part.reshape(heads) for part in jnp.split(qkv, 3, axis=-1))  # its gradient is one copy
         if self.normalize_qk:
-            query, key = self._normalize(query, "query_ln"), self._normalize(key, "key_ln")
+            query, key = (
+                _HeadNorm(self.param_dtype, name="query_ln")(query),
+                _HeadNorm(self.param_dtype, name="key_ln")(key),
+            )
         if self.qk_transform is not None:
             query, key = self.qk_transform(query, key)
         query, key, value = promote_dtype(query, key, value, dtype=self.dtype)
@@ -172,11 +189,6 @@ class _NeighborhoodAttention(nn.Module):
             bias_init=self.bias_init,
             name=name,
         )
-
-    def _normalize(self, x: Array, name: str) -> Array:
-        """LayerNorm over head_dim, computed in at least float32; the cast is explicit for strict promotion."""
-        norm = nn.LayerNorm(use_bias=False, param_dtype=self.param_dtype, dtype=_accumulation(x), name=name)
-        return norm(x.astype(_accumulation(x))).astype(x.dtype)
 
     def _rpb(self) -> Array | None:
         if not self.rel_pos_bias:
