@@ -103,6 +103,8 @@ def merge_attentions(outputs: Sequence[Array], lses: Sequence[Array]) -> tuple[A
     for i, (out, lse) in enumerate(zip(arrays, weights, strict=True)):
         check.same_dtype(**{"outputs[0]": arrays[0], f"outputs[{i}]": out})
         check.same_dtype(**{"lses[0]": weights[0], f"lses[{i}]": lse})
+        if out.ndim == 0:
+            raise ValueError(f"outputs[{i}]: expected at least one axis, [..., heads, head_dim_v], got shape ()")
         if out.shape != arrays[0].shape:
             raise ValueError(f"outputs[{i}]: expected the shape of outputs[0], {arrays[0].shape}, got {out.shape}")
         if lse.shape != out.shape[:-1]:
