@@ -66,13 +66,18 @@ def accumulation_dtype(dtype) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
+def _take(rows: Array, index: Array) -> Array:
+    """rows[index]; zeros where there is no row at all, and so none that counts."""
+    return rows[index] if rows.shape[0] else jnp.zeros((*index.shape, *rows.shape[1:]), rows.dtype)
+
+
 def _gather(rows: Array, slots: Slots) -> Array:
     """The key's row of every slot, `[queries, volume, ...]` in the accumulation dtype; 0 where absent.
 
     A key that does not exist or is not in the window may hold NaN: it is replaced, not multiplied by 0.
     """
     present = slots.present.reshape(*slots.present.shape, *(1,) * (rows.ndim - 1))
-    return jnp.where(present, rows[slots.key], 0).astype(accumulation_dtype(rows.dtype))
+    return jnp.where(present, _take(rows, slots.key), 0).astype(accumulation_dtype(rows.dtype))
 
 
 # ---- fused triple: one sample has tokens first, then heads
@@ -114,7 +119,7 @@ class _Sample:
     def rows(self, x: Array, query: Array, slots: Slots) -> Array:
         """The rows of a block's queries; 0 for a query without keys, which may not exist and hold NaN."""
         sees = jnp.any(slots.present, axis=1)
-        return jnp.where(sees.reshape(-1, *(1,) * (x.ndim - 1)), x[query], 0).astype(self.accumulation)
+        return jnp.where(sees.reshape(-1, *(1,) * (x.ndim - 1)), _take(x, query), 0).astype(self.accumulation)
 
     def einsum(self, equation: str, *operands: Array) -> Array:
         return jnp.einsum(equation, *operands, precision=self.config.precision)
@@ -167,7 +172,7 @@ def tangent(*operands: Array, config: FusedConfig) -> list[Array]:
         def body(carry, rows, slots):
             key, key_dot = _gather(sample.key, slots), _gather(moved.key, slots)
             query, query_dot = sample.rows(sample.query, rows, slots), sample.rows(moved.query, rows, slots)
-            weights = sample.weights(query, key, rows_lse[rows], slots)
+            weights = sample.weights(query, key, _take(rows_lse, rows), slots)
             logits_dot = sample.scores(query_dot, key) + sample.scores(query, key_dot)
             if moved.bias is not None:
                 logits_dot = logits_dot + moved.bias[slots.bias]
@@ -196,7 +201,7 @@ def backward(*operands: Array, config: FusedConfig) -> list[Array]:
         def body(sums, rows, slots):
             key, value = _gather(sample.key, slots), _gather(sample.value, slots)
             query, out_bar = sample.rows(sample.query, rows, slots), sample.rows(rows_out_bar, rows, slots)
-            weights = sample.weights(query, key, rows_lse[rows], slots)
+            weights = sample.weights(query, key, _take(rows_lse, rows), slots)
             delta = sample.rows(rows_lse_bar, rows, slots) - jnp.sum(out_bar * sample.rows(rows_out, rows, slots), axis=-1)
             logits_bar = weights * (sample.einsum("nhge,nkhe->nkhg", out_bar, value) + delta[:, None])
             query_bar = config.scale * sample.einsum("nkhg,nkhd->nhgd", logits_bar, key)
@@ -244,7 +249,7 @@ def qk(*operands: Array, config: UnfusedConfig) -> list[Array]:
         keys = _tokens_first(key, key.shape[0], 1)[:, :, 0]
 
         def body(carry, rows, slots):
-            block = queries[rows].astype(accumulation_dtype(query.dtype))
+            block = _take(queries, rows).astype(accumulation_dtype(query.dtype))
             attn = jnp.einsum("nhgd,nkhd->nhgk", block, _gather(keys, slots), precision=config.precision)
             return carry, (jnp.where(slots.present[:, None, None], attn, 0),)
 
@@ -262,7 +267,7 @@ def av(*operands: Array, config: UnfusedConfig) -> list[Array]:
         values = _tokens_first(value, value.shape[0], 1)[:, :, 0]
 
         def body(carry, rows, slots):
-            block = jnp.where(slots.present[:, None, None], weights[rows], 0)
+            block = jnp.where(slots.present[:, None, None], _take(weights, rows), 0)
             block = block.astype(accumulation_dtype(attn.dtype))
             return carry, (jnp.einsum("nhgk,nkhd->nhgd", block, _gather(values, slots), precision=config.precision),)
 
@@ -283,8 +288,8 @@ def inverse(*operands: Array, config: UnfusedConfig) -> list[Array]:
 
         def body(carry, rows, slots):
             (total,) = carry
-            block = jnp.where(slots.present[:, None, None], weights[rows], 0).astype(accumulation)
-            part = jnp.einsum("nhgk,nhgd->nkhd", block, rows_x[rows].astype(accumulation), precision=config.precision)
+            block = jnp.where(slots.present[:, None, None], _take(weights, rows), 0).astype(accumulation)
+            part = jnp.einsum("nhgk,nhgd->nkhd", block, _take(rows_x, rows).astype(accumulation), precision=config.precision)
             return (total.at[slots.key].add(jnp.where(slots.present[..., None, None], part, 0)),), ()
 
         (total,), _ = _unfused(config, frame, body, (total,))
@@ -317,7 +322,7 @@ def collect(*operands: Array, config: UnfusedConfig) -> list[Array]:
 
         def body(carry, rows, slots):
             (total,) = carry
-            part = jnp.where(slots.present[..., None], jnp.moveaxis(weights[rows], 1, 2), 0)
+            part = jnp.where(slots.present[..., None], jnp.moveaxis(_take(weights, rows), 1, 2), 0)
             return (total.at[slots.bias].add(part),), ()
 
         (total,), _ = _unfused(config, frame, body, (total,))
