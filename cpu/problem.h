@@ -141,6 +141,25 @@ struct Neighborhood {
     return false;
   }
 
+  // How many neighbors there are.
+  JAX_NATTEN_HOST_DEVICE int64_t count() const {
+    int64_t result = 1;
+    for (const AxisNeighbors& neighbors : axis) result *= neighbors.count;
+    return result;
+  }
+
+  // The index in the bias table of the key in a slot of the query's window, -1 where there is none.
+  JAX_NATTEN_HOST_DEVICE int64_t bias_of_slot(const Problem<Rank>& problem, int64_t slot) const {
+    int64_t bias = 0;
+    for (int a = 0; a < Rank; ++a) {
+      const int64_t in_axis = slot / slot_stride[a] % problem.window[a].kernel_size;
+      const int64_t m = in_axis - axis[a].slot;
+      if (m < 0 || m >= axis[a].count) return -1;
+      bias += (axis[a].bias + m * axis[a].bias_step) * bias_stride[a];
+    }
+    return bias;
+  }
+
   // Calls visit(const Run<Rank>&) for every run, in row-major order.
   JAX_NATTEN_VISITS
   template <typename Visit>

@@ -25,11 +25,9 @@ from jax.interpreters import batching, mlir
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ._backends import KERNEL_PLATFORMS
 from ._compat import Primitive, requires_devices, vary_alike, varying_axes
 from ._version import __version__
-
-# Platforms with compiled kernels; elsewhere the reference runs.
-KERNEL_PLATFORMS = ("cpu",)
 
 
 def define(
