@@ -262,3 +262,27 @@ def test_second_order(problem):
     with precise("float64"):
         arrays = {name: jnp.nan_to_num(jnp.asarray(x, "float64")) for name, x in problem.arrays().items()}
         check_grads(run, (arrays,), order=2, modes=("fwd", "rev"), atol=1e-5, rtol=1e-5)
+
+
+@backends
+def test_second_derivatives_do_not_see_tokens_beyond_the_lengths(backend):
+    """NaN there gives the same Hessian-vector products as zeros there."""
+    problem = Problem(spatial=(4, 3), kernel_size=(3, 2), batch=2, lengths=((2, 3), (4, 1)), heads_kv=1, rpb=True)
+    exists = problem.exists()[..., None, None]
+
+    def loss(arrays):
+        out, lse = jn.na2d(**arrays, **problem.window, return_lse=True, backend=backend)
+        return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.where(exists[..., 0], jnp.sin(lse), 0))
+
+    @jax.jit
+    def product(arrays, dots):
+        return jax.jvp(jax.grad(loss), (arrays,), (dots,))[1]
+
+    dirty = problem.arrays()
+    clean = {name: np.nan_to_num(x) for name, x in dirty.items()}
+    dots = {name: np.cos(x) for name, x in dirty.items()}
+    expected = product(clean, {name: np.nan_to_num(x) for name, x in dots.items()})
+    actual = product(dirty, dots)
+    for name in dirty:
+        assert np.any(expected[name])
+        np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)
