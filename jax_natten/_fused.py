@@ -140,8 +140,8 @@ def _linear_jvp(primitive, function, operands, results, primals, tangents, *, co
 
     layouts = (*operands, *_moving(operands))
     dots = map(ad.instantiate_zeros, _moving(tangents))
-    dots = per_shard(derivative, layouts, results, config.window.rank)(*primals, *dots)
-    return outs, [match(dot, jax.typeof(out)) for dot, out in zip(dots, outs, strict=True)]
+    avals = list(map(jax.typeof, outs))
+    return outs, per_shard(derivative, layouts, results, config.window.rank, avals)(*primals, *dots)
 
 
 def _moving(operands):

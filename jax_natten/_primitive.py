@@ -3,7 +3,9 @@
 `define` builds the chain
     outer primitive (derivatives, batching) -> custom_partitioning -> shard primitive -> FFI call or reference.
 The outer primitive is what transforms see. Its lowering hands the partitioner one rule: batch axes and heads may
-be sharded, everything else is replicated. The shard primitive is what runs on one device.
+be sharded, everything else is replicated. On an Explicit mesh, where types tell the shardings, `shard_map` does the
+same without the partitioner's callback, so that the program can be exported. The shard primitive is what runs on
+one device.
 
 Layouts are strings with a term for each operand or result, one letter an axis:
     *       the leading batch axes, the same for every operand
@@ -86,9 +88,13 @@ def define(
         return _partitioning(functools.partial(shard.bind, config=config), operands, results, config.window.rank)
 
     def lower(*xs, config):
-        mesh = jax.sharding.get_abstract_mesh()
-        if mesh.manual_axes and set(mesh.manual_axes) != set(mesh.axis_names):
-            return shard.bind(*xs, config=config)  # partly manual: no NamedSharding reaches the callback
+        kinds = set(jax.sharding.get_abstract_mesh().axis_types)
+        bind = functools.partial(shard.bind, config=config)
+        if AxisType.Explicit in kinds and AxisType.Auto not in kinds:  # shardings are known: no partitioner needed
+            avals = abstract(*map(jax.typeof, xs), config=config)
+            return per_shard(bind, operands, results, config.window.rank, avals)(*xs)
+        if AxisType.Manual in kinds and len(kinds) > 1:
+            return bind(*xs)  # partly manual: no NamedSharding would reach the partitioner's callback
         return partitioned(config)(*xs, _tag(name, config))
 
     mlir.register_lowering(outer, mlir.lower_fun(lower, multiple_results=True))
@@ -170,7 +176,7 @@ class _Layouts:
     def sizes(self, axis: str, shapes: Sequence[tuple]) -> set[int]:
         """Sizes of the axis in arrays of these shapes, which are those of the operands, then of the results."""
         return {
-            shape[term.index(axis) - len(term)] for term, shape in zip(self.terms, shapes, strict=False) if axis in term
+            shape[term.index(axis) - len(term)] for term, shape in zip(self.terms, shapes, strict=True) if axis in term
         }
 
     def specs(self, spec: Sequence, shapes: Sequence[tuple], mesh_shape: Mapping[str, int]) -> list[P]:
@@ -236,8 +242,13 @@ def _partitioning(function: Callable, operands: Sequence[str], results: Sequence
     return partitioned
 
 
-def per_shard(function: Callable, operands: Sequence[str], results: Sequence[str], rank: int) -> Callable:
-    """`function`, which on an Explicit mesh runs shard by shard: its steps then need no rules for sharded types."""
+def per_shard(
+    function: Callable, operands: Sequence[str], results: Sequence[str], rank: int, avals: Sequence[Any]
+) -> Callable:
+    """`function`, on an Explicit mesh run shard by shard: its steps then need no rules for sharded types.
+
+    The results are sharded as `avals`, which are their types.
+    """
     layouts = _Layouts(operands, results, rank)
     split = len(layouts.operands)
 
@@ -250,11 +261,12 @@ def per_shard(function: Callable, operands: Sequence[str], results: Sequence[str
         axes = {name for name, kind in kinds if kind == AxisType.Explicit}
         if not axes:
             return function(*xs)
-        specs = layouts.specs(first.spec, [x.shape for x in xs], first.mesh.shape)
+        specs = layouts.specs(first.spec, [x.shape for x in (*xs, *avals)], first.mesh.shape)
         xs = [jax.reshard(x, NamedSharding(first.mesh, spec)) for x, spec in zip(xs, specs, strict=False)]
-        return jax.shard_map(
+        outs = jax.shard_map(
             shard, mesh=first.mesh, in_specs=tuple(specs[:split]), out_specs=specs[split:], axis_names=axes
         )(*xs)
+        return [match(out, aval) for out, aval in zip(outs, avals, strict=True)]
 
     return run
 

@@ -39,12 +39,12 @@ def _none(config: UnfusedConfig, extra: int = 0) -> tuple:
 
 def _qk_avals(query, key, frame, *, config):
     shape = (*query.shape[:-1], config.window.volume)
-    return [shaped(query, shape, query.dtype, (*_whole(query, config), *_none(config, 1)))]
+    return [shaped(query, shape, query.dtype, (*spec_of(query)[:-1], None))]
 
 
 def _av_avals(attn, value, frame, *, config):
     shape = (*attn.shape[:-1], value.shape[-1])
-    return [shaped(attn, shape, attn.dtype, (*_whole(attn, config), *_none(config, 1)))]
+    return [shaped(attn, shape, attn.dtype, (*spec_of(attn)[:-1], None))]
 
 
 def _inverse_avals(attn, x, frame, *, config):
