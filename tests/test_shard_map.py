@@ -88,16 +88,20 @@ def test_replicated_arguments(replicated, check_vma):
 
 @pytest.mark.parametrize("name", ["na1d", "na2d", "na1d_qk", "na2d_av"])
 @pytest.mark.parametrize("heads", [None, "model"], ids=["heads whole", "heads sharded"])
-def test_partly_manual(name, heads):
-    """The batch is manual; the heads are left to the partitioner, which may gather them."""
-    operation, mesh = BY_NAME[name], make_mesh("auto")
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_partly_manual(kind, heads, name):
+    """The batch is manual. Heads that are left to the partitioner may be gathered, Explicit ones stay sharded."""
+    operation, mesh = BY_NAME[name], make_mesh(kind)
     specs = operation.specs(b="data")
-    inside = lambda *x: jax.lax.psum(loss(operation.call)(*x), "data")  # noqa: E731
+
+    def inside(*x):
+        return jax.lax.psum(loss(operation.call)(*x), "data")
+
     f = jax.shard_map(inside, mesh=mesh, axis_names={"data"}, in_specs=specs, out_specs=P())
     x = put(mesh, operation.arrays(), operation.specs(b="data", h=heads))
     actual, communication = run(mesh, jax.value_and_grad(f, everything(operation)), *x)
     assert_close(actual, dense_gradient(operation))
-    if heads is None:
+    if heads is None or kind == "explicit":
         assert set(communication) == {"all-reduce"}
 
 
