@@ -11,7 +11,7 @@ function of the same parameters:
     rpb [num_heads, 2 * k - 1 per axis]              with rel_pos_bias
     query_ln/scale, key_ln/scale [head_dim]          with normalize_qk
 
-The window's arguments are checked by `jax_natten` itself.
+The window's arguments are checked by `jax_natten`'s own functions, whose messages name them.
 """
 
 from collections.abc import Callable
@@ -24,6 +24,7 @@ from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer
 
 import jax_natten
+from jax_natten import _checks as check
 
 Array = jax.Array
 PerAxisInt = int | tuple[int, ...]
@@ -193,7 +194,7 @@ class _NeighborhoodAttention(nn.Module):
     def _rpb(self) -> Array | None:
         if not self.rel_pos_bias:
             return None
-        sizes = self.kernel_size if isinstance(self.kernel_size, (tuple, list)) else (self.kernel_size,) * self.rank
+        sizes = check.per_axis("kernel_size", self.kernel_size, self.rank, "positive int", None)
         shape = (self.num_heads, *(2 * size - 1 for size in sizes))
         return self.param("rpb", self.rpb_init, shape, self.param_dtype)
 
@@ -204,7 +205,7 @@ class _NeighborhoodAttention(nn.Module):
     def _unfused(self, query: Array, key: Array, value: Array, lengths: Any, off: bool, sow_weights: bool) -> Array:
         """Attention by way of its weights."""
         window = self._window() | {"lengths": lengths}
-        scale = query.shape[-1] ** -0.5 if self.qk_scale is None else float(self.qk_scale)
+        scale = check.scale(self.qk_scale, query.shape[-1])
         query, key, value = (jnp.moveaxis(a, -2, 1) for a in (query * scale, key, value))
         logits = _QK[self.rank](query, key, **window, rpb=self._rpb())
         weights = jax.nn.softmax(logits.astype(_accumulation(logits)), axis=-1)

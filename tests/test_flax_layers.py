@@ -74,9 +74,10 @@ OPTIONS = {
     "rpb": {"rel_pos_bias": True},
     "scale": {"qk_scale": 0.25, "rel_pos_bias": True},
     "normalize": {"normalize_qk": True},
+    "precision and backend": {"precision": "highest", "backend": "reference"},
     "transform": {"qk_transform": lambda query, key: (2 * query, key[..., ::-1])},
 }
-SHAPING = ("rel_pos_bias", "qkv_bias")  # options that the parameters show
+SHAPING = ("rel_pos_bias", "qkv_bias", "precision", "backend")  # options that the definition need not be told
 CASES = [(1, (7,), options) for options in OPTIONS.values()]
 CASES += [
     (2, (5, 6), {"kernel_size": (3, 2), "dilation": (1, 3), "is_causal": (True, False), "rel_pos_bias": True}),
@@ -331,6 +332,7 @@ def test_vmap_over_parameters():
         ({"proj_drop": -0.1}, (1, 5, CHANNELS), "proj_drop: expected a rate from 0 to 1, got -0.1"),
         ({"kernel_size": 7}, (1, 5, CHANNELS), "kernel_size: expected .* <= 5"),
         ({"kernel_size": (3, 3), "rel_pos_bias": True}, (1, 5, CHANNELS), "kernel_size: expected"),
+        ({"kernel_size": 0, "rel_pos_bias": True}, (1, 5, CHANNELS), "kernel_size: expected"),
         ({"backend": "fast"}, (1, 5, CHANNELS), "backend: expected"),
     ],
 )
