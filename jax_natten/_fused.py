@@ -24,7 +24,8 @@ from jax.interpreters import ad
 from . import _reference as reference
 from ._compat import vary_alike
 from ._config import FusedConfig
-from ._primitive import define, match, per_shard, repeat, same, shaped, spec_of
+from ._partitioning import match, per_shard, repeat, spec_of
+from ._primitive import define, same, shaped
 from ._window import Window
 
 # What a `checkpoint` policy may save: the results of forward, which backward reads.

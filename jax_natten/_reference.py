@@ -56,8 +56,8 @@ def _over_blocks(body: Callable, carry: tuple, spatial: tuple, key_spatial: tupl
         slots = neighborhood(window, query, spatial, frame, key_spatial)
         return body(carry, query, slots._replace(present=slots.present & inside[:, None]))
 
-    *carry, _ = vary_alike((*carry, frame))  # zeros vary over no mesh axis, what is added to them does
-    carry, results = jax.lax.scan(step, tuple(carry), jnp.arange(blocks, dtype=jnp.int32))
+    *zeros, _ = vary_alike((*carry, frame))  # they vary over no mesh axis, what is added to them does
+    carry, results = jax.lax.scan(step, tuple(zeros), jnp.arange(blocks, dtype=jnp.int32))
     return carry, [x.reshape(blocks * block, *x.shape[2:])[:tokens] for x in results]
 
 
@@ -202,7 +202,9 @@ def backward(*operands: Array, config: FusedConfig) -> list[Array]:
             key, value = _gather(sample.key, slots), _gather(sample.value, slots)
             query, out_bar = sample.rows(sample.query, rows, slots), sample.rows(rows_out_bar, rows, slots)
             weights = sample.weights(query, key, _take(rows_lse, rows), slots)
-            delta = sample.rows(rows_lse_bar, rows, slots) - jnp.sum(out_bar * sample.rows(rows_out, rows, slots), axis=-1)
+            delta = sample.rows(rows_lse_bar, rows, slots) - jnp.sum(
+                out_bar * sample.rows(rows_out, rows, slots), axis=-1
+            )
             logits_bar = weights * (sample.einsum("nhge,nkhe->nkhg", out_bar, value) + delta[:, None])
             query_bar = config.scale * sample.einsum("nkhg,nkhd->nhgd", logits_bar, key)
             parts = [
@@ -289,7 +291,9 @@ def inverse(*operands: Array, config: UnfusedConfig) -> list[Array]:
         def body(carry, rows, slots):
             (total,) = carry
             block = jnp.where(slots.present[:, None, None], _take(weights, rows), 0).astype(accumulation)
-            part = jnp.einsum("nhgk,nhgd->nkhd", block, _take(rows_x, rows).astype(accumulation), precision=config.precision)
+            part = jnp.einsum(
+                "nhgk,nhgd->nkhd", block, _take(rows_x, rows).astype(accumulation), precision=config.precision
+            )
             return (total.at[slots.key].add(jnp.where(slots.present[..., None, None], part, 0)),), ()
 
         (total,), _ = _unfused(config, frame, body, (total,))

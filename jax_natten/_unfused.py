@@ -20,7 +20,8 @@ from jax.interpreters import ad
 
 from . import _reference as reference
 from ._config import UnfusedConfig
-from ._primitive import define, dividing, match, shaped, spec_of
+from ._partitioning import dividing, match, spec_of
+from ._primitive import define, shaped
 
 QUERY, KEY, ATTN, TABLE, FRAME = "*hId", "*gJd", "*hIk", "*hO", "*fr"
 

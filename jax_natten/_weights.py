@@ -16,7 +16,7 @@ from ._compat import vary_alike
 from ._config import UnfusedConfig
 from ._frame import Axis, existing_queries, frame, has_absent_slots, place, wrap
 from ._neighborhood import PerAxisBool, PerAxisInt, PerAxisStr
-from ._primitive import repeat
+from ._partitioning import repeat
 from ._rank import of_rank
 from ._reference import accumulation_dtype
 from ._unfused import av_p, qk_p, spread_p
