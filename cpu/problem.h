@@ -130,6 +130,7 @@ struct Strides {
 template <int Rank>
 struct Neighborhood {
   AxisNeighbors axis[Rank];
+  int64_t index[Rank];  // of the token itself
   int64_t token_stride[Rank];
   int64_t slot_stride[Rank];
   int64_t bias_stride[Rank];
@@ -203,8 +204,8 @@ class Sample {
   JAX_NATTEN_HOST_DEVICE Neighborhood<Rank> keys_of(int64_t query) const {
     Neighborhood<Rank> result = with_strides(strides_.key);
     for (int a = 0; a < Rank; ++a) {
-      const int64_t index = query / strides_.query[a] % problem_.query_shape[a];
-      result.axis[a] = keys_of_query(problem_.window[a], frame_[a], index);
+      result.index[a] = query / strides_.query[a] % problem_.query_shape[a];
+      result.axis[a] = keys_of_query(problem_.window[a], frame_[a], result.index[a]);
     }
     return result;
   }
@@ -213,19 +214,18 @@ class Sample {
   JAX_NATTEN_HOST_DEVICE Neighborhood<Rank> queries_of(int64_t key) const {
     Neighborhood<Rank> result = with_strides(strides_.query);
     for (int a = 0; a < Rank; ++a) {
-      const int64_t index = key / strides_.key[a] % problem_.key_shape[a];
-      result.axis[a] = queries_of_key(problem_.window[a], frame_[a], index);
+      result.index[a] = key / strides_.key[a] % problem_.key_shape[a];
+      result.axis[a] = queries_of_key(problem_.window[a], frame_[a], result.index[a]);
     }
     return result;
   }
 
   // An axis' share of the slot that a key has in the window of the m-th query that sees it.
-  JAX_NATTEN_HOST_DEVICE int64_t slot_in_axis(int a, const Neighborhood<Rank>& queries, int64_t key,
+  JAX_NATTEN_HOST_DEVICE int64_t slot_in_axis(int a, const Neighborhood<Rank>& queries,
                                               int64_t m) const {
-    const int64_t index = key / strides_.key[a] % problem_.key_shape[a];
     const AxisNeighbors& axis = queries.axis[a];
     const int64_t query = axis.first + m * axis.step;
-    return slot_of_key(problem_.window[a], frame_[a], query, index) * strides_.slot[a];
+    return slot_of_key(problem_.window[a], frame_[a], query, queries.index[a]) * strides_.slot[a];
   }
 
  private:

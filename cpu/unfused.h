@@ -82,7 +82,7 @@ void inverse_tokens(const InverseOperands<Element, Rank>& op, int64_t sample_ind
     const Neighborhood<Rank> neighborhood = sample.queries_of(j);
     last_slot.resize(static_cast<size_t>(neighborhood.axis[kLast].count));
     for (size_t m = 0; m < last_slot.size(); ++m) {
-      last_slot[m] = sample.slot_in_axis(kLast, neighborhood, j, static_cast<int64_t>(m));
+      last_slot[m] = sample.slot_in_axis(kLast, neighborhood, static_cast<int64_t>(m));
     }
     for (int64_t head = head_kv * problem.group(); head < (head_kv + 1) * problem.group(); ++head) {
       const auto attns = op.attn.head(sample_index, head);
@@ -90,7 +90,7 @@ void inverse_tokens(const InverseOperands<Element, Rank>& op, int64_t sample_ind
       neighborhood.for_each_run([&](const Run<Rank>& run) {
         int64_t slot = 0;
         for (int a = 0; a < kLast; ++a) {
-          slot += sample.slot_in_axis(a, neighborhood, j, run.ordinal[a]);
+          slot += sample.slot_in_axis(a, neighborhood, run.ordinal[a]);
         }
         for (int64_t m = 0; m < run.count; ++m) {
           const int64_t i = run.token + m * run.token_step;

@@ -62,10 +62,11 @@ __device__ void sum_tables(const Problem<Rank>& problem, const Tensor<T>& tables
             // The offsets of a run grow by one.
             const int64_t first = geometry::max(begin - run.bias, 0);
             const int64_t last = geometry::min(end - run.bias, run.count);
-            for (int64_t m = first + group; m < last; m += kGroups) {
+            for (int64_t at = first; at < last; at += kGroups) {
+              const int64_t m = geometry::min(at + group, last - 1);
               const Sum term =
                   terms.pair(query, run.token + m * run.token_step, run.slot + m, run.bias + m);
-              if (Group::lane() == 0) copy[run.bias + m - begin] += term;
+              if (at + group < last && Group::lane() == 0) copy[run.bias + m - begin] += term;
             }
           });
         }
