@@ -9,7 +9,7 @@ mode come from one rule: forward's JVP binds tangent, and reverse mode transpose
 running it. Their own JVPs, which second and higher orders need, are those of the reference.
 
 Layouts: query `[*batch, *spatial, heads, dim]`, key and value alike with their own spatial shape, heads and dim;
-bias `[*batch, heads, *offsets]`, of no offsets where there is none; frame int32 `[*batch, 5, rank]`. The bias
+bias `[*batch, heads, *offsets]`, of one entry per axis where there is none; frame int32 `[*batch, 5, rank]`. The bias
 carries the batch so that the sum of its gradient over a sharded batch is jax's own reduction. out has the query's
 dtype, lse and bias the accumulation dtype.
 """
@@ -64,6 +64,23 @@ def _backward_workspace(query, key, value, bias, frame, out, lse, *bars):
     return (jax.ShapeDtypeStruct(lse.shape, lse.dtype),)
 
 
+# ---- what the kernels take
+
+
+def _kernel_operands(layouts, *operands, config: FusedConfig):
+    """The bias that stands for none becomes an empty table, which is what tells the kernels so.
+
+    It is not empty before: an empty array that crosses a shard_map crashes the compiler of jaxlib 0.11.
+    """
+    rank = config.window.rank
+
+    def view(x, layout):
+        placeholder = layout == BIAS and x.shape[-rank:] != config.window.bias_shape
+        return x[(..., *(slice(0),) * rank)] if placeholder else x
+
+    return [view(x, layout) for x, layout in zip(operands, layouts, strict=True)]
+
+
 # ---- primitives
 
 forward_p = define(
@@ -72,6 +89,7 @@ forward_p = define(
     reference=reference.forward,
     operands=PRIMALS,
     results=(OUT, LSE),
+    kernel_operands=functools.partial(_kernel_operands, PRIMALS),
 )
 tangent_p = define(
     "tangent",
@@ -79,6 +97,7 @@ tangent_p = define(
     reference=reference.tangent,
     operands=TANGENT[0],
     results=TANGENT[1],
+    kernel_operands=functools.partial(_kernel_operands, TANGENT[0]),
 )
 backward_p = define(
     "backward",
@@ -87,6 +106,7 @@ backward_p = define(
     operands=BACKWARD[0],
     results=BACKWARD[1],
     workspace=_backward_workspace,
+    kernel_operands=functools.partial(_kernel_operands, BACKWARD[0]),
 )
 
 
@@ -95,7 +115,7 @@ def bias_operand(table: jax.Array | None, query: jax.Array, window: Window) -> j
     batch, heads = query.shape[0], query.shape[-2]
     dtype = reference.accumulation_dtype(query.dtype)
     if table is None:
-        return jnp.zeros((batch, heads, *(0,) * window.rank), dtype)
+        return jnp.zeros((batch, heads, *(1,) * window.rank), dtype)
     return repeat(table.astype(dtype), query)
 
 

@@ -149,6 +149,9 @@ def per_shard(
     layouts = _Layouts(operands, results, rank)
     split = len(layouts.operands)
 
+    def shard(*xs):
+        return function(*vary_alike(xs))
+
     def run(*xs):
         first = jax.typeof(xs[0]).sharding
         kinds = zip(first.mesh.axis_names, first.mesh.axis_types, strict=True)
@@ -156,22 +159,11 @@ def per_shard(
         if not axes:
             return function(*xs)
         specs = layouts.specs(first.spec, [x.shape for x in (*xs, *avals)], first.mesh.shape)
-        shardings = [NamedSharding(first.mesh, spec) for spec in specs[:split]]
-        # An array without entries as an operand of shard_map crashes XLA's compiler in jaxlib 0.11: made inside.
-        filled = [0 not in x.shape for x in xs]
-
-        def shard(*given):
-            rest = iter(given)
-            shards = [
-                next(rest) if there else jnp.zeros(sharding.shard_shape(x.shape), x.dtype)
-                for x, sharding, there in zip(xs, shardings, filled, strict=True)
-            ]
-            return function(*vary_alike(shards))
-
-        given = [jax.reshard(x, s) for x, s, there in zip(xs, shardings, filled, strict=True) if there]
-        in_specs = tuple(spec for spec, there in zip(specs[:split], filled, strict=True) if there)
-        mapped = jax.shard_map(shard, mesh=first.mesh, in_specs=in_specs, out_specs=specs[split:], axis_names=axes)
-        return [match(out, aval) for out, aval in zip(mapped(*given), avals, strict=True)]
+        xs = [jax.reshard(x, NamedSharding(first.mesh, spec)) for x, spec in zip(xs, specs, strict=False)]
+        outs = jax.shard_map(
+            shard, mesh=first.mesh, in_specs=tuple(specs[:split]), out_specs=specs[split:], axis_names=axes
+        )(*xs)
+        return [match(out, aval) for out, aval in zip(outs, avals, strict=True)]
 
     return run
 

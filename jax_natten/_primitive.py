@@ -32,6 +32,7 @@ def define(
     operands: Sequence[str],
     results: Sequence[str],
     workspace: Callable = lambda *operands: (),
+    kernel_operands: Callable = lambda *operands, config: operands,
 ) -> Primitive:
     """The outer primitive of operation `name`.
 
@@ -42,6 +43,8 @@ def define(
       reference: (*operands, config) -> list of results, in pure JAX.
       operands, results: layouts (see `_partitioning`); the first operand decides how batch and heads are sharded.
       workspace: (*operands) -> shapes and dtypes of further results that only the kernel uses.
+      kernel_operands: (*operands, config) -> the operands as the kernel takes them. Results that the kernel then
+        gives in another shape are placeholders, and 0.
     """
     outer, shard = Primitive(f"natten_{name}"), Primitive(f"natten_{name}_shard")
 
@@ -59,9 +62,15 @@ def define(
     def run_kernel(*xs, config):
         if config.backend == "reference":
             return reference(*xs, config=config)
+        avals = abstract(*map(jax.typeof, xs), config=config)
+        xs = kernel_operands(*xs, config=config)
         outs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in abstract(*map(jax.typeof, xs), config=config)]
         call = jax.ffi.ffi_call(f"jax_natten_{name}", [*outs, *workspace(*xs)])
-        return call(*xs, **config.attributes())[: len(outs)]
+        results = call(*xs, **config.attributes())
+        return [
+            out if out.shape == aval.shape else jnp.zeros(aval.shape, aval.dtype)
+            for out, aval in zip(results[: len(avals)], avals, strict=True)
+        ]
 
     def run_reference(*xs, config):
         if config.backend not in (None, "reference"):
