@@ -19,7 +19,7 @@ def start(program: str, *arguments: str, **environment: str) -> subprocess.Popen
         **environment,
     }
     return subprocess.Popen(
-        [sys.executable, "-c", program, *arguments],
+        [sys.executable, "-P", "-c", program, *arguments],  # -P: not the sources that the tests may be run beside
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -15,6 +15,14 @@ SOURCE = Path(__file__).parents[1] / "examples" / "digits.py"
 EPOCHS, STEPS = 2, 4  # steps of an epoch
 
 
+@pytest.fixture(autouse=True)
+def default_ctrl_c():
+    """Python's own handler of SIGINT, which a shell's background jobs start without."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def example():
     spec = importlib.util.spec_from_file_location("digits", SOURCE)
