@@ -275,7 +275,7 @@ double product_flops(const Problem<Rank>& problem) {
 }  // namespace fused
 
 template <typename Element, int Rank>
-Job forward_job(const ForwardOperands<Element, Rank>& op) {
+Job job(const ForwardOperands<Element, Rank>& op) {
   const Problem<Rank>& p = op.problem;
   return {over_tokens(p.samples, p.heads, p.queries(), fused::product_flops(p), false,
                       [op](int64_t sample, int64_t head, int64_t begin, int64_t end) {
@@ -284,7 +284,7 @@ Job forward_job(const ForwardOperands<Element, Rank>& op) {
 }
 
 template <typename Element, int Rank>
-Job tangent_job(const TangentOperands<Element, Rank>& op) {
+Job job(const TangentOperands<Element, Rank>& op) {
   const Problem<Rank>& p = op.problem;
   return {over_tokens(p.samples, p.heads, p.queries(), 2.5 * fused::product_flops(p), false,
                       [op](int64_t sample, int64_t head, int64_t begin, int64_t end) {
@@ -293,7 +293,7 @@ Job tangent_job(const TangentOperands<Element, Rank>& op) {
 }
 
 template <typename Element, int Rank>
-Job backward_job(const BackwardOperands<Element, Rank>& op) {
+Job job(const BackwardOperands<Element, Rank>& op) {
   const Problem<Rank>& p = op.problem;
   const double flops = fused::product_flops(p);
   return {over_tokens(p.samples, p.heads, p.queries(), 1.5 * flops, op.has_bias(),

@@ -24,7 +24,7 @@ struct Cpu {
 
   template <typename Element, typename Buffers>
   static Result run(Context& pool, const Attributes& attributes, const Buffers& buffers) {
-    return Operations<Element>::run(pool, attributes, buffers);
+    return Operation<Element, Buffers>::run(pool, attributes, buffers);
   }
 };
 

@@ -1,4 +1,4 @@
-// Defines Operations: reads an operation's operands and starts its kernel.
+// Defines Operation: reads an operation's operands and starts its kernel.
 //
 // Included by the files of instantiate/ only.
 #pragma once
@@ -11,60 +11,22 @@
 
 namespace jax_natten {
 
-template <typename Element>
-ffi::Future Operations<Element>::run(ffi::ThreadPool& pool, const Attributes& attributes,
-                                     const ForwardBuffers& b) {
+template <typename Element, typename Buffers>
+ffi::Future Operation<Element, Buffers>::run(ffi::ThreadPool& pool, const Attributes& attributes,
+                                             const Buffers& buffers) {
   return with_operands<Element>(
-      attributes, b, [&](const auto& op) { return start(pool, forward_job(op)); }, failed);
-}
-
-template <typename Element>
-ffi::Future Operations<Element>::run(ffi::ThreadPool& pool, const Attributes& attributes,
-                                     const TangentBuffers& b) {
-  return with_operands<Element>(
-      attributes, b, [&](const auto& op) { return start(pool, tangent_job(op)); }, failed);
-}
-
-template <typename Element>
-ffi::Future Operations<Element>::run(ffi::ThreadPool& pool, const Attributes& attributes,
-                                     const BackwardBuffers& b) {
-  return with_operands<Element>(
-      attributes, b, [&](const auto& op) { return start(pool, backward_job(op)); }, failed);
-}
-
-template <typename Element>
-ffi::Future Operations<Element>::run(ffi::ThreadPool& pool, const Attributes& attributes,
-                                     const QkBuffers& b) {
-  return with_operands<Element>(
-      attributes, b, [&](const auto& op) { return start(pool, qk_job(op)); }, failed);
-}
-
-template <typename Element>
-ffi::Future Operations<Element>::run(ffi::ThreadPool& pool, const Attributes& attributes,
-                                     const AvBuffers& b) {
-  return with_operands<Element>(
-      attributes, b, [&](const auto& op) { return start(pool, av_job(op)); }, failed);
-}
-
-template <typename Element>
-ffi::Future Operations<Element>::run(ffi::ThreadPool& pool, const Attributes& attributes,
-                                     const InverseBuffers& b) {
-  return with_operands<Element>(
-      attributes, b, [&](const auto& op) { return start(pool, inverse_job(op)); }, failed);
-}
-
-template <typename Element>
-ffi::Future Operations<Element>::run(ffi::ThreadPool& pool, const Attributes& attributes,
-                                     const SpreadBuffers& b) {
-  return with_operands<Element>(
-      attributes, b, [&](const auto& op) { return start(pool, spread_job(op)); }, failed);
-}
-
-template <typename Element>
-ffi::Future Operations<Element>::run(ffi::ThreadPool& pool, const Attributes& attributes,
-                                     const CollectBuffers& b) {
-  return with_operands<Element>(
-      attributes, b, [&](const auto& op) { return start(pool, collect_job(op)); }, failed);
+      attributes, buffers, [&](const auto& op) { return start(pool, job(op)); }, failed);
 }
 
 }  // namespace jax_natten
+
+// Compiles every operation for one element type.
+#define JAX_NATTEN_INSTANTIATE(Element)                                        \
+  template struct jax_natten::Operation<Element, jax_natten::ForwardBuffers>;  \
+  template struct jax_natten::Operation<Element, jax_natten::TangentBuffers>;  \
+  template struct jax_natten::Operation<Element, jax_natten::BackwardBuffers>; \
+  template struct jax_natten::Operation<Element, jax_natten::QkBuffers>;       \
+  template struct jax_natten::Operation<Element, jax_natten::AvBuffers>;       \
+  template struct jax_natten::Operation<Element, jax_natten::InverseBuffers>;  \
+  template struct jax_natten::Operation<Element, jax_natten::SpreadBuffers>;   \
+  template struct jax_natten::Operation<Element, jax_natten::CollectBuffers>

@@ -144,7 +144,7 @@ void collect_tokens(const CollectOperands<Element, Rank>& op, int64_t sample_ind
 }  // namespace unfused
 
 template <typename Element, int Rank>
-Job qk_job(const QkOperands<Element, Rank>& op) {
+Job job(const QkOperands<Element, Rank>& op) {
   const Problem<Rank>& p = op.problem;
   const double flops = 2 * static_cast<double>(p.slots()) * static_cast<double>(p.dim);
   return {over_tokens(p.samples, p.heads, p.queries(), flops, false,
@@ -154,7 +154,7 @@ Job qk_job(const QkOperands<Element, Rank>& op) {
 }
 
 template <typename Element, int Rank>
-Job av_job(const AvOperands<Element, Rank>& op) {
+Job job(const AvOperands<Element, Rank>& op) {
   const Problem<Rank>& p = op.problem;
   const double flops = 2 * static_cast<double>(p.slots()) * static_cast<double>(p.value_dim);
   return {over_tokens(p.samples, p.heads, p.queries(), flops, false,
@@ -164,7 +164,7 @@ Job av_job(const AvOperands<Element, Rank>& op) {
 }
 
 template <typename Element, int Rank>
-Job inverse_job(const InverseOperands<Element, Rank>& op) {
+Job job(const InverseOperands<Element, Rank>& op) {
   const Problem<Rank>& p = op.problem;
   const double flops = 2 * static_cast<double>(p.slots()) * static_cast<double>(p.value_dim) *
                        static_cast<double>(p.group());
@@ -175,7 +175,7 @@ Job inverse_job(const InverseOperands<Element, Rank>& op) {
 }
 
 template <typename Element, int Rank>
-Job spread_job(const SpreadOperands<Element, Rank>& op) {
+Job job(const SpreadOperands<Element, Rank>& op) {
   const Problem<Rank>& p = op.problem;
   return {over_tokens(p.samples, p.heads, p.queries(), static_cast<double>(p.slots()), false,
                       [op](int64_t sample, int64_t head, int64_t begin, int64_t end) {
@@ -184,7 +184,7 @@ Job spread_job(const SpreadOperands<Element, Rank>& op) {
 }
 
 template <typename Element, int Rank>
-Job collect_job(const CollectOperands<Element, Rank>& op) {
+Job job(const CollectOperands<Element, Rank>& op) {
   const Problem<Rank>& p = op.problem;
   return {over_tokens(p.samples, p.heads, p.queries(), static_cast<double>(p.slots()), true,
                       [op](int64_t sample, int64_t head, int64_t begin, int64_t end) {

@@ -1,4 +1,4 @@
 // Compiles the operations for float32.
 #include "cpu/operations_impl.h"
 
-template struct jax_natten::Operations<float>;
+JAX_NATTEN_INSTANTIATE(float);

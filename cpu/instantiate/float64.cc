@@ -1,4 +1,4 @@
 // Compiles the operations for float64.
 #include "cpu/operations_impl.h"
 
-template struct jax_natten::Operations<double>;
+JAX_NATTEN_INSTANTIATE(double);
