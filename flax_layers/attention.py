@@ -25,6 +25,7 @@ from flax.typing import Dtype, Initializer
 
 import jax_natten
 from jax_natten import _checks as check
+from jax_natten._reference import accumulation_dtype
 
 Array = jax.Array
 PerAxisInt = int | tuple[int, ...]
@@ -74,7 +75,7 @@ class _HeadNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         scale = self.param("scale", nn.initializers.ones_init(), x.shape[-1:], self.param_dtype)
-        wide = x.astype(_accumulation(x))
+        wide = x.astype(accumulation_dtype(x.dtype))
         variance = jnp.var(wide, axis=-1, keepdims=True)
         normal = jax.nn.standardize(wide, axis=-1, variance=variance, epsilon=1e-6)
         return (normal * scale.astype(wide.dtype)).astype(x.dtype)
@@ -208,17 +209,12 @@ class _NeighborhoodAttention(nn.Module):
         scale = check.scale(self.qk_scale, query.shape[-1])
         query, key, value = (jnp.moveaxis(a, -2, 1) for a in (query * scale, key, value))
         logits = _QK[self.rank](query, key, **window, rpb=self._rpb())
-        weights = jax.nn.softmax(logits.astype(_accumulation(logits)), axis=-1)
+        weights = jax.nn.softmax(logits.astype(accumulation_dtype(logits.dtype)), axis=-1)
         if sow_weights:
             self.sow("intermediates", "attention_weights", weights)
         weights = nn.Dropout(self.attn_drop)(weights, deterministic=off)
         out = _AV[self.rank](weights.astype(value.dtype), value, **window)
         return jnp.moveaxis(out, 1, -2)
-
-
-def _accumulation(x: Array) -> Dtype:
-    """The dtype of sums over entries of x."""
-    return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
 
 
 def _doc(rank: int) -> str:

@@ -240,11 +240,7 @@ def scale(value: Any, head_dim: int) -> float:
     """The factor on the logits, head_dim ** -0.5 by default."""
     if value is None:
         return head_dim**-0.5
-    if (
-        isinstance(value, (jax.core.Tracer, jax.Array))
-        or not isinstance(value, numbers.Real)
-        or isinstance(value, bool)
-    ):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(
             f"scale: expected a Python or NumPy number (multiply the query to apply a traced scale), "
             f"got {type(value).__name__}"

@@ -72,11 +72,10 @@ def _kernel_operands(layouts, *operands, config: FusedConfig):
 
     It is not empty before: an empty array that crosses a shard_map crashes the compiler of jaxlib 0.11.
     """
-    rank = config.window.rank
 
     def view(x, layout):
-        placeholder = layout == BIAS and x.shape[-rank:] != config.window.bias_shape
-        return x[(..., *(slice(0),) * rank)] if placeholder else x
+        placeholder = layout == BIAS and not config.window.has_bias(x)
+        return x[(..., *(slice(0),) * config.window.rank)] if placeholder else x
 
     return [view(x, layout) for x, layout in zip(operands, layouts, strict=True)]
 

@@ -104,7 +104,7 @@ class _Sample:
 
     def table(self, bias: Array) -> Array | None:
         """`[heads, *offsets]` -> `[offsets, key heads, heads of each]`; None where there is no bias."""
-        if bias.shape[1:] != self.config.window.bias_shape or bias.shape[0] == 0:
+        if not self.config.window.has_bias(bias) or bias.shape[0] == 0:
             return None
         groups = self.heads // self.key_heads
         table = bias.reshape(self.key_heads, groups, prod(bias.shape[1:]))

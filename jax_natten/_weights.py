@@ -88,12 +88,10 @@ def _qk(
         logits = jnp.where(_present(window, axes, lengths, config), logits, -jnp.inf)
     if additional_keys is not None:
         # A query beyond the lengths may hold NaN, which would reach the gradient of the additional keys.
-        rows = query if lengths is None else jnp.where(_exists(lengths, spatial), query, 0)
-        more = jnp.einsum("bhg...d,bhnd->bhg...n", _grouped(rows, group), additional_keys, precision=dot_precision)
+        rows = _grouped(_existing(query, lengths), group)
+        more = jnp.einsum("bhg...d,bhnd->bhg...n", rows, additional_keys, precision=dot_precision)
         logits = jnp.concatenate([logits, more.reshape(*query.shape[:-1], more.shape[-1])], axis=-1)
-    if lengths is not None:
-        logits = jnp.where(_exists(lengths, spatial), logits, 0)
-    return logits
+    return _existing(logits, lengths)
 
 
 def _av(
@@ -150,11 +148,10 @@ def _av(
     inner, more = attn[..., : window.volume], attn[..., window.volume :]
     out = _bind(av_p, inner, wrap(value, axes, first=2), where, config=config)
     if additional_values is not None:
-        if lengths is not None:
-            more = jnp.where(_exists(lengths, spatial), more, 0)
-        part = jnp.einsum("bhg...n,bhnd->bhg...d", _grouped(more, group), additional_values, precision=dot_precision)
-        part = part.reshape(out.shape)
-        out = out + (part if lengths is None else jnp.where(_exists(lengths, spatial), part, 0))
+        # Weights and cotangents beyond the lengths may be NaN, which would reach the additional values' gradient.
+        rows = _grouped(_existing(more, lengths), group)
+        part = jnp.einsum("bhg...n,bhnd->bhg...d", rows, additional_values, precision=dot_precision)
+        out = out + _existing(part.reshape(out.shape), lengths)
     return out
 
 
@@ -170,9 +167,11 @@ def _bind(primitive, *operands: Array, config: UnfusedConfig) -> Array:
     return out
 
 
-def _exists(lengths: Array, spatial) -> Array:
-    """Which queries lie within the lengths, `[batch, 1, *spatial, 1]`."""
-    return existing_queries(lengths, spatial)[:, None, ..., None]
+def _existing(x: Array, lengths: Array | None) -> Array:
+    """`[batch, heads, *spatial, ...]` with 0 for the queries beyond the lengths."""
+    if lengths is None:
+        return x
+    return jnp.where(existing_queries(lengths, x.shape[2:-1])[:, None, ..., None], x, 0)
 
 
 def _grouped(x: Array, group: int) -> Array:

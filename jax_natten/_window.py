@@ -42,6 +42,10 @@ class Window:
         """Shape of one head's relative positional bias table."""
         return tuple(2 * k - 1 for k in self.kernel_size)
 
+    def has_bias(self, table: Any) -> bool:
+        """Whether `[..., *offsets]` is a bias table; one of one entry per axis stands for no bias."""
+        return table.shape[-self.rank :] == self.bias_shape
+
     def attributes(self) -> dict[str, np.ndarray]:
         """The FFI attributes that describe the window to a handler."""
         return {
