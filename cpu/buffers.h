@@ -32,7 +32,7 @@ struct BackwardBuffers {
   using Operands = BackwardOperands<Element, Rank>;
 
   ffi::AnyBuffer q, k, v, bias, frame, out, lse, ct_out, ct_lse;
-  ffi::AnyBuffer dq, dk, dv, dbias, delta;
+  ffi::AnyBuffer dq, dk, dv, dbias, delta, dbias_parts;
 };
 
 struct QkBuffers {
@@ -94,8 +94,8 @@ Tensor<T> tensor(const ffi::AnyBuffer& buffer, Layout layout) {
 // ---- fused
 
 // The operands that all fused operations share.
-template <typename Element, int Rank, typename Buffers>
-void read_fused(Decoder& decoder, const Buffers& b, FusedOperands<Element, Rank>& op) {
+template <typename Element, int Rank, typename Buffers, typename Operands>
+void read_fused(Decoder& decoder, const Buffers& b, Operands& op) {
   using Sum = Accumulator<Element>;
   constexpr ffi::DataType kType = kDataType<Element>;
   const bool has_bias = decoder.has_table(b.bias);
@@ -115,7 +115,7 @@ void read_fused(Decoder& decoder, const Buffers& b, FusedOperands<Element, Rank>
 template <typename Element, int Rank>
 void read(Decoder& decoder, const ForwardBuffers& b, ForwardOperands<Element, Rank>& op) {
   using Sum = Accumulator<Element>;
-  read_fused(decoder, b, op);
+  read_fused<Element, Rank>(decoder, b, op);
   decoder.expect("out", b.out, kDataType<Element>,
                  {Axis::kBatch, Axis::kQueries, Axis::kHeads, Axis::kValueDim});
   decoder.expect("lse", b.lse, kDataType<Sum>, {Axis::kBatch, Axis::kQueries, Axis::kHeads});
@@ -128,7 +128,7 @@ template <typename Element, int Rank>
 void read(Decoder& decoder, const TangentBuffers& b, TangentOperands<Element, Rank>& op) {
   using Sum = Accumulator<Element>;
   constexpr ffi::DataType kType = kDataType<Element>;
-  read_fused(decoder, b, op);
+  read_fused<Element, Rank>(decoder, b, op);
   decoder.expect("lse", b.lse, kDataType<Sum>, {Axis::kBatch, Axis::kQueries, Axis::kHeads});
   decoder.expect("dq", b.dq, kType, {Axis::kBatch, Axis::kQueries, Axis::kHeads, Axis::kDim});
   decoder.expect("dk", b.dk, kType, {Axis::kBatch, Axis::kKeys, Axis::kHeadsKv, Axis::kDim});
@@ -152,7 +152,7 @@ template <typename Element, int Rank>
 void read(Decoder& decoder, const BackwardBuffers& b, BackwardOperands<Element, Rank>& op) {
   using Sum = Accumulator<Element>;
   constexpr ffi::DataType kType = kDataType<Element>;
-  read_fused(decoder, b, op);
+  read_fused<Element, Rank>(decoder, b, op);
   const auto expect_rows = [&](const char* name, const ffi::AnyBuffer& buffer) {
     decoder.expect(name, buffer, kDataType<Sum>, {Axis::kBatch, Axis::kQueries, Axis::kHeads});
   };
@@ -167,6 +167,8 @@ void read(Decoder& decoder, const BackwardBuffers& b, BackwardOperands<Element, 
   decoder.expect("dk", b.dk, kType, {Axis::kBatch, Axis::kKeys, Axis::kHeadsKv, Axis::kDim});
   decoder.expect("dv", b.dv, kType, {Axis::kBatch, Axis::kKeys, Axis::kHeadsKv, Axis::kValueDim});
   decoder.expect("dbias", b.dbias, kDataType<Sum>, {Axis::kBatch, Axis::kHeads, Axis::kTable});
+  decoder.expect("dbias_parts", b.dbias_parts, kDataType<Sum>,
+                 {Axis::kBatch, Axis::kHeads, Axis::kParts, Axis::kTable});
   const Problem<Rank>& p = op.problem;
   const Layout rows = token_major(p.heads, p.queries(), 1);
   const Layout outs = token_major(p.heads, p.queries(), p.value_dim);
@@ -179,6 +181,8 @@ void read(Decoder& decoder, const BackwardBuffers& b, BackwardOperands<Element, 
   op.dv = tensor<Element>(b.dv, op.v.layout);
   op.dbias = tensor<Sum>(b.dbias, op.bias.layout);
   op.delta = tensor<Sum>(b.delta, rows);
+  op.parts = decoder.parts();
+  op.dbias_parts = tensor<Sum>(b.dbias_parts, heads_first(p.heads, op.parts, p.biases()));
 }
 
 // ---- unfused

@@ -35,6 +35,7 @@ enum class Axis {
   kQueries,
   kKeys,
   kTable,  // 2 k - 1
+  kParts,  // tables that are summed to one
   kHeads,
   kHeadsKv,
   kDim,
@@ -129,6 +130,7 @@ class Decoder {
     return result;
   }
 
+  int64_t parts() const { return size(Axis::kParts, 0, 0); }
   int64_t rank() const { return static_cast<int64_t>(attributes_.kernel_size.size()); }
   bool failed() const { return !message_.empty(); }
   ffi::Error error() const { return ffi::Error::InvalidArgument("jax_natten: " + message_); }

@@ -160,6 +160,21 @@ constexpr JAX_NATTEN_HOST_DEVICE Interval seen_by(const AxisWindow& window, int6
   return {earliest_start <= 0 ? 0 : begin_of_leaders_from(window, earliest_start + r), end};
 }
 
+// Positions of the keys that a query sees and that exist; possibly none.
+constexpr JAX_NATTEN_HOST_DEVICE Interval keys_seen(const AxisWindow& window,
+                                                    const AxisFrame& frame, const Location& query) {
+  return intersect(window_of(window, query.length, query.position),
+                   existing(window, query.group, frame.key_origin, frame.key_count));
+}
+
+// Positions of the queries that see a key and that exist; possibly none.
+constexpr JAX_NATTEN_HOST_DEVICE Interval queries_that_see(const AxisWindow& window,
+                                                           const AxisFrame& frame,
+                                                           const Location& key) {
+  return intersect(seen_by(window, key.length, key.position),
+                   existing(window, key.group, frame.query_origin, frame.query_count));
+}
+
 constexpr JAX_NATTEN_HOST_DEVICE bool exists(int64_t extent, int64_t origin, int64_t count,
                                              int64_t index) {
   const int64_t coordinate = origin + index;
@@ -186,31 +201,29 @@ constexpr JAX_NATTEN_HOST_DEVICE AxisNeighbors keys_of_query(const AxisWindow& w
                                                              const AxisFrame& frame,
                                                              int64_t query) {
   if (!geometry::exists(frame.extent, frame.query_origin, frame.query_count, query)) return {};
-  const auto [group, position, length] =
-      geometry::locate(window, frame.extent, frame.query_origin + query);
-  const geometry::Interval seen = geometry::window_of(window, length, position);
-  const auto [begin, end] = geometry::intersect(
-      seen, geometry::existing(window, group, frame.key_origin, frame.key_count));
+  const geometry::Location at = geometry::locate(window, frame.extent, frame.query_origin + query);
+  const auto [begin, end] = geometry::keys_seen(window, frame, at);
   if (begin >= end) return {};
-  return {end - begin,        begin * window.dilation + group - frame.key_origin, window.dilation,
-          begin - seen.begin, begin - position + window.kernel_size - 1,          1};
+  return {end - begin,
+          begin * window.dilation + at.group - frame.key_origin,
+          window.dilation,
+          begin - geometry::window_of(window, at.length, at.position).begin,
+          begin - at.position + window.kernel_size - 1,
+          1};
 }
 
 // The queries that see the key at an array index.
 constexpr JAX_NATTEN_HOST_DEVICE AxisNeighbors queries_of_key(const AxisWindow& window,
                                                               const AxisFrame& frame, int64_t key) {
   if (!geometry::exists(frame.extent, frame.key_origin, frame.key_count, key)) return {};
-  const auto [group, position, length] =
-      geometry::locate(window, frame.extent, frame.key_origin + key);
-  const auto [begin, end] =
-      geometry::intersect(geometry::seen_by(window, length, position),
-                          geometry::existing(window, group, frame.query_origin, frame.query_count));
+  const geometry::Location at = geometry::locate(window, frame.extent, frame.key_origin + key);
+  const auto [begin, end] = geometry::queries_that_see(window, frame, at);
   if (begin >= end) return {};
   return {end - begin,
-          begin * window.dilation + group - frame.query_origin,
+          begin * window.dilation + at.group - frame.query_origin,
           window.dilation,
           0,
-          position - begin + window.kernel_size - 1,
+          at.position - begin + window.kernel_size - 1,
           -1};
 }
 

@@ -1,5 +1,5 @@
-// What the kernels of each operation are given: the problem and its arrays as plain data, the same
-// on CPU and GPU.
+// What the kernels of each operation are given, the same on CPU and GPU: the arrays as plain data,
+// and with them the problem.
 #pragma once
 
 #include "cpu/number.h"
@@ -9,9 +9,8 @@ namespace jax_natten {
 
 // ---- fused
 
-template <typename Element, int Rank>
-struct FusedOperands {
-  Problem<Rank> problem;
+template <typename Element>
+struct FusedArrays {
   Tensor<const Element> q;
   Tensor<const Element> k;
   Tensor<const Element> v;
@@ -20,14 +19,14 @@ struct FusedOperands {
   JAX_NATTEN_HOST_DEVICE bool has_bias() const { return bias.data != nullptr; }
 };
 
-template <typename Element, int Rank>
-struct ForwardOperands : FusedOperands<Element, Rank> {
+template <typename Element>
+struct ForwardArrays : FusedArrays<Element> {
   Tensor<Element> out;
   Tensor<Accumulator<Element>> lse;
 };
 
-template <typename Element, int Rank>
-struct TangentOperands : FusedOperands<Element, Rank> {
+template <typename Element>
+struct TangentArrays : FusedArrays<Element> {
   Tensor<const Accumulator<Element>> lse;
   Tensor<const Element> dq;
   Tensor<const Element> dk;
@@ -37,8 +36,8 @@ struct TangentOperands : FusedOperands<Element, Rank> {
   Tensor<Accumulator<Element>> dlse;
 };
 
-template <typename Element, int Rank>
-struct BackwardOperands : FusedOperands<Element, Rank> {
+template <typename Element>
+struct BackwardArrays : FusedArrays<Element> {
   Tensor<const Element> out;
   Tensor<const Accumulator<Element>> lse;
   Tensor<const Element> ct_out;
@@ -48,47 +47,69 @@ struct BackwardOperands : FusedOperands<Element, Rank> {
   Tensor<Element> dv;
   Tensor<Accumulator<Element>> dbias;
   Tensor<Accumulator<Element>> delta;
+  // Kernels that sum a table in parts, so many, put them here: a head is the parts of one table.
+  Tensor<Accumulator<Element>> dbias_parts;
+  int64_t parts;
 };
 
 // ---- unfused
 
-template <typename Element, int Rank>
-struct QkOperands {
-  Problem<Rank> problem;
+template <typename Element>
+struct QkArrays {
   Tensor<const Element> query;
   Tensor<const Element> key;
   Tensor<Element> attn;
 };
 
-template <typename Element, int Rank>
-struct AvOperands {
-  Problem<Rank> problem;
+template <typename Element>
+struct AvArrays {
   Tensor<const Element> attn;
   Tensor<const Element> value;
   Tensor<Element> out;
 };
 
-template <typename Element, int Rank>
-struct InverseOperands {
-  Problem<Rank> problem;
+template <typename Element>
+struct InverseArrays {
   Tensor<const Element> attn;
   Tensor<const Element> x;
   Tensor<Element> out;
 };
 
 // A head of the table is one head's.
-template <typename Element, int Rank>
-struct SpreadOperands {
-  Problem<Rank> problem;
+template <typename Element>
+struct SpreadArrays {
   Tensor<const Element> table;
   Tensor<Element> attn;
 };
 
-template <typename Element, int Rank>
-struct CollectOperands {
-  Problem<Rank> problem;
+template <typename Element>
+struct CollectArrays {
   Tensor<const Element> attn;
   Tensor<Element> table;
 };
+
+// ---- with the problem
+
+template <typename Arrays, int Rank>
+struct OperandsOf : Arrays {
+  Problem<Rank> problem;
+};
+
+template <typename Element, int Rank>
+struct ForwardOperands : OperandsOf<ForwardArrays<Element>, Rank> {};
+template <typename Element, int Rank>
+struct TangentOperands : OperandsOf<TangentArrays<Element>, Rank> {};
+template <typename Element, int Rank>
+struct BackwardOperands : OperandsOf<BackwardArrays<Element>, Rank> {};
+template <typename Element, int Rank>
+struct QkOperands : OperandsOf<QkArrays<Element>, Rank> {};
+template <typename Element, int Rank>
+struct AvOperands : OperandsOf<AvArrays<Element>, Rank> {};
+template <typename Element, int Rank>
+struct InverseOperands : OperandsOf<InverseArrays<Element>, Rank> {};
+template <typename Element, int Rank>
+struct SpreadOperands : OperandsOf<SpreadArrays<Element>, Rank> {};
+template <typename Element, int Rank>
+struct CollectOperands : OperandsOf<CollectArrays<Element>, Rank> {};
 
 }  // namespace jax_natten

@@ -15,6 +15,7 @@ dtype, lse and bias the accumulation dtype.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,9 @@ OUT, LSE = "*Ihe", "*Ih"
 PRIMALS = (QUERY, KEY, VALUE, BIAS, FRAME)
 RESIDUALS = (*PRIMALS, OUT, LSE)
 FRAME_AT = PRIMALS.index(FRAME)
+
+# Parts of all bias gradients together, where there are fewer tables: enough to fill a GPU.
+TABLE_SUMS = 512
 
 # Operands and results.
 TANGENT = (*RESIDUALS, QUERY, KEY, VALUE, BIAS), (OUT, LSE)
@@ -60,8 +64,14 @@ def _backward_avals(query, key, value, bias, frame, out, lse, *bars, config):
 
 
 def _backward_workspace(query, key, value, bias, frame, out, lse, *bars):
-    """lse_bar - out_bar . out of every query, in the layout of lse."""
-    return (jax.ShapeDtypeStruct(lse.shape, lse.dtype),)
+    """lse_bar - out_bar . out of every query, in the layout of lse, and the parts in which bias_bar is summed."""
+    rank = frame.shape[-1]
+    leading, offsets = bias.shape[: bias.ndim - rank], bias.shape[bias.ndim - rank :]
+    parts = max(TABLE_SUMS // max(math.prod(leading), 1), 1)
+    return (
+        jax.ShapeDtypeStruct(lse.shape, lse.dtype),
+        jax.ShapeDtypeStruct((*leading, parts, *offsets), bias.dtype),
+    )
 
 
 # ---- what the kernels take

@@ -1,0 +1,153 @@
+// What the kernels have in common: their sizes, the table and the arrays of a head, launches, and
+// the loop over tiles of columns.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "cuda/sm80/logits.cuh"
+#include "cuda/sm80/sm80.h"
+
+namespace jax_natten::sm80 {
+
+inline constexpr int kMostColumns = 64;
+
+// Columns in a tile: as many as fit in `bytes` in two copies of `arrays` arrays, and 16 at least.
+template <typename Element, int kDim>
+constexpr int columns_for(int arrays, int bytes) {
+  int columns = kMostColumns;
+  while (columns > 16 && 2 * arrays * columns * LaneOffset<Element, kDim>::kRowBytes > bytes) {
+    columns /= 2;
+  }
+  return columns;
+}
+
+template <typename Element, int kDim, int kCount>
+struct Rows {
+  alignas(16) Element x[kCount * kPitch<Element, kDim>];
+
+  // Addresses of the lane for products.
+  __device__ uint32_t left(int row) const {
+    return shared_address(x + row * kPitch<Element, kDim>) + LaneOffset<Element, kDim>::left();
+  }
+  __device__ uint32_t right() const {
+    return shared_address(x) + LaneOffset<Element, kDim>::right();
+  }
+  __device__ uint32_t right_transposed(int begin = 0) const {
+    return shared_address(x + begin) + LaneOffset<Element, kDim>::right_transposed();
+  }
+};
+
+template <typename Shared>
+__device__ Shared& shared_memory() {
+  extern __shared__ __align__(16) unsigned char memory[];
+  return *reinterpret_cast<Shared*>(memory);
+}
+
+// The rows of a sample; of all heads, since a row's number tells the head.
+template <typename T>
+__device__ T* rows_of(const Tensor<T>& tensor, int64_t sample) {
+  return tensor.data + sample * tensor.layout.sample;
+}
+
+// The head's table, null where there is none.
+__device__ inline const float* table_of(const Tensor<const float>& tables, int64_t sample,
+                                        int64_t head) {
+  return tables.data == nullptr ? nullptr : tables.head(sample, head).data;
+}
+
+// Visits all tiles of columns: load(buffer, slot) starts to copy the tile that is planned in the
+// slot, while compute(buffer, slot, is_rim) works on the one before. Copies begun earlier are there
+// at the first compute. Warps may be a tile apart, so that a third slot is planned while two are
+// read.
+template <typename Planner, typename Load, typename Compute>
+__device__ void for_each_tile(Planner& planner, Load&& load, Compute&& compute) {
+  const int tiles = planner.tiles();
+  bool is_rim = __syncthreads_or(planner.advance(0));
+  if (tiles > 0) load(0, 0);
+  commit_copies();
+  for (int i = 0; i < tiles; ++i) {
+    const bool goes_on = i + 1 < tiles;
+    const bool next = goes_on && planner.advance((i + 1) % kSlots);
+    wait_for_copies();
+    const bool next_is_rim = __syncthreads_or(next);
+    if (goes_on) load((i + 1) % 2, (i + 1) % kSlots);
+    commit_copies();
+    compute(i % 2, i % kSlots, is_rim);
+    is_rim = next_is_rim;
+  }
+  if (tiles > 0) return;
+  wait_for_copies();
+  __syncthreads();
+}
+
+// ---- launches
+
+// Whether the current device can run these kernels, and sizes are ones that they can count.
+inline bool can_serve(const Problem<kAxes>& problem) {
+  constexpr int64_t kEnd = int64_t{1} << 31;
+  int device = 0, major = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) {
+    return false;
+  }
+  int64_t box = 1;  // the longest list of columns
+  int bits = kAxes;
+  for (int a = 0; a < kAxes; ++a) {
+    const int64_t most = geometry::max(problem.query_shape[a], problem.key_shape[a]);
+    if (most >= kEnd || problem.window[a].dilation >= kEnd / 4) return false;
+    const int64_t reach = geometry::min(2 * problem.window[a].kernel_size + 2 * kThreads, most);
+    box *= reach + 2;
+    while (bits < 32 && (int64_t{1} << (bits - kAxes)) < box) ++bits;
+  }
+  return major >= 8 && bits < 32 - kAxes && problem.queries() * problem.heads < kEnd &&
+         problem.keys() * problem.heads_kv < kEnd && box * problem.group() < kEnd;
+}
+
+// The most shared memory that a block can have on the current device.
+inline size_t shared_limit() {
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return static_cast<size_t>(bytes);
+}
+
+// Launches kernel(parameters...) on blocks of kThreads with so much dynamic shared memory.
+template <typename... Parameters>
+cudaError_t launch(cudaStream_t stream, void (*kernel)(Parameters...), dim3 grid, size_t bytes,
+                   Parameters... parameters) {
+  const auto* function = reinterpret_cast<const void*>(kernel);
+  const auto error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          static_cast<int>(bytes));
+  if (error != cudaSuccess) return error;
+  void* arguments[] = {&parameters...};
+  return cudaLaunchKernel(function, grid, dim3(kThreads), arguments, bytes, stream);
+}
+
+// The same for a kernel of (arrays, problem, tiling): a block for a tile and a part of its rows.
+template <typename Shared, Side kRows, typename Arrays>
+cudaError_t launch_tiles(cudaStream_t stream, void (*kernel)(Arrays, Problem<kAxes>, Tiling),
+                         const Arrays& arrays, const Problem<kAxes>& problem, const Tiling& tiling,
+                         int64_t parts = 1) {
+  const int64_t tiles = tile_count<kRows>(problem, tiling);
+  if (tiles >= int64_t{1} << 31 || sizeof(Shared) > shared_limit()) return kNotServed;
+  if (tiles == 0) return cudaSuccess;
+  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(geometry::max(parts, 1)));
+  return launch(stream, kernel, grid, sizeof(Shared), arrays, problem, tiling);
+}
+
+template <int kValue>
+using Constant = std::integral_constant<int, kValue>;
+
+// run(Constant) with what rows of the length are padded to.
+template <typename Run>
+cudaError_t with_dim(int64_t longest, Run&& run) {
+  if (longest <= 32) return run(Constant<32>{});
+  if (longest <= 64) return run(Constant<64>{});
+  if (longest <= 128) return run(Constant<128>{});
+  if (longest <= 256) return run(Constant<256>{});
+  return kNotServed;
+}
+
+}  // namespace jax_natten::sm80

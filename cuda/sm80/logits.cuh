@@ -1,0 +1,100 @@
+// A tile of logits between its product and its weights: scale, bias, mask, exponential.
+//
+// Logits are kept in powers of two: weights are exp2(factor * x - shift), one multiply-add and one
+// exponential each. Where there is a bias, or a scale that is not positive, x is scaled first and
+// the factor is 1.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "cuda/sm80/matrix.cuh"
+#include "cuda/sm80/plan.cuh"
+
+namespace jax_natten::sm80 {
+
+inline constexpr float kLog2E = 1.4426950408889634f;
+inline constexpr float kLn2 = 0.6931471805599453f;
+
+__device__ inline float exp2_of(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// What the factor of logits is, and whether it was applied already.
+struct LogitScale {
+  float scale;
+  bool is_applied_first;
+
+  __device__ LogitScale(double scale, bool has_bias)
+      : scale(static_cast<float>(scale) * kLog2E), is_applied_first(has_bias || !(scale > 0)) {}
+
+  __device__ float factor() const { return is_applied_first ? 1.f : scale; }
+};
+
+// The shift that makes weights of logits, from a row's lse; the weights of a row without any are 0.
+__device__ inline float weight_shift(float lse) {
+  return lse == -INFINITY ? INFINITY : lse * kLog2E;
+}
+
+// A warp's rows in the plan: lane l has rows l/4 and l/4 + 8 of each block.
+template <int kBlocks>
+__device__ int first_row() {
+  return static_cast<int>(threadIdx.x) / kWarp * kBlocks * 16;
+}
+
+template <int kBlocks>
+__device__ int row_of(int m, int r) {
+  return first_row<kBlocks>() + m * 16 + r * 8 + lane() / 4;
+}
+
+// The lane's two columns in tile n of 8.
+__device__ inline int column_of(int n) { return n * 8 + lane() % 4 * 2; }
+
+// Adds table entries, `weight` times each, where the row sees the column.
+template <int kBlocks, int kTiles, int kRows, int kColumns>
+__device__ void add_bias(Results<kBlocks, kTiles>& s, const Plan<kRows, kColumns>& plan, int slot,
+                         uint32_t guard, const float* table, float weight) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < kBlocks * 4; ++i) {
+      const int m = i / 4, r = i / 2 % 2, e = i % 2;
+      const int row = row_of<kBlocks>(m, r), column = column_of(n) + e;
+      if (sees(plan.span[row], plan.place[slot][column], guard)) {
+        s.x[m][n][2 * r + e] +=
+            weight * __ldg(table + plan.row_entry[row] + plan.column_entry[slot][column]);
+      }
+    }
+  }
+}
+
+// Products become logits. `is_rim`: some row does not see some column.
+template <int kBlocks, int kTiles, int kRows, int kColumns>
+__device__ void finish_logits(Results<kBlocks, kTiles>& s, const Plan<kRows, kColumns>& plan,
+                              int slot, uint32_t guard, bool is_rim, const LogitScale& scale,
+                              const float* table) {
+  if (scale.is_applied_first) {
+    s.scale(scale.scale);
+    if (table != nullptr) add_bias(s, plan, slot, guard, table, kLog2E);
+  }
+  if (!is_rim) return;
+  RowSpan span[kBlocks][2];
+#pragma unroll
+  for (int i = 0; i < kBlocks * 2; ++i)
+    span[i / 2][i % 2] = plan.span[row_of<kBlocks>(i / 2, i % 2)];
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    const auto [place, next] = *reinterpret_cast<const uint2*>(&plan.place[slot][column_of(n)]);
+#pragma unroll
+    for (int i = 0; i < kBlocks * 2; ++i) {
+      float (&x)[4] = s.x[i / 2][n];
+      const int r = i % 2;
+      if (!sees(span[i / 2][r], place, guard)) x[2 * r] = -INFINITY;
+      if (!sees(span[i / 2][r], next, guard)) x[2 * r + 1] = -INFINITY;
+    }
+  }
+}
+
+}  // namespace jax_natten::sm80

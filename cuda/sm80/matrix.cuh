@@ -1,0 +1,293 @@
+// The matrix units as warps use them since Ampere: operands from shared memory into registers, and
+// products of 16 rows.
+//
+// A product has kDepth terms, which are 32 bytes of a row for every element type. Half types go in
+// as they are; float32 goes in as TF32, which has 11 significant bits: an accurate product splits
+// each operand in two parts and leaves out only the product of the small parts,
+//   (a + a')(b + b') = a b + a b' + a' b + O(2^-22).
+//
+// Lane l has, of 16 x 8 results, row l/4 and l/4 + 8 (the index / 2 of c) at columns 2 (l%4) and
+// the next (index % 2).
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cpu/number.h"
+#include "cuda/common/number.cuh"
+
+namespace jax_natten::sm80 {
+
+inline constexpr int kWarp = 32;
+inline constexpr int kUnitBytes = 16;  // what a lane copies at once, and half of a product's depth
+
+template <typename Element>
+inline constexpr int kUnit = kUnitBytes / sizeof(Element);
+
+// Rows in shared memory are a unit longer than their elements, so that eight of them lie in
+// different banks.
+template <typename Element, int kDim>
+inline constexpr int kPitch = kDim + kUnit<Element>;
+
+__device__ inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ inline int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
+
+// Four matrices of 8 rows of 16 bytes; lane l gives the address of row l%8 of matrix l/8.
+__device__ inline void load_matrices(uint32_t (&x)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(address)
+               : "memory");
+}
+
+__device__ inline void load_matrices_transposed(uint32_t (&x)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(address)
+               : "memory");
+}
+
+// Byte offsets of a lane's address for load_matrices, from the first of 16 rows.
+template <typename Element, int kDim>
+struct LaneOffset {
+  static constexpr int kRowBytes = kPitch<Element, kDim> * static_cast<int>(sizeof(Element));
+
+  // Left operand: matrices by row, then by depth.
+  static __device__ uint32_t left() { return lane() % 16 * kRowBytes + lane() / 16 * kUnitBytes; }
+  // Right operand whose rows are the result's columns: matrices by depth, then by column.
+  static __device__ uint32_t right() {
+    return (lane() % 8 + lane() / 16 * 8) * kRowBytes + lane() / 8 % 2 * kUnitBytes;
+  }
+  // Right operand whose rows are the depth.
+  static __device__ uint32_t right_transposed() {
+    if constexpr (sizeof(Element) == 2) {
+      return lane() % 16 * kRowBytes + lane() / 16 * kUnitBytes;
+    } else {
+      return 2 * (lane() % 4) * kRowBytes + lane() / 4 * static_cast<int>(sizeof(Element));
+    }
+  }
+};
+
+// ---- half types
+
+template <typename Element>
+__device__ uint32_t pack(float low, float high) {
+  uint32_t result;
+  if constexpr (std::is_same_v<Element, BFloat16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  }
+  return result;
+}
+
+template <typename Element>
+struct Matrix {
+  static constexpr int kDepth = 16;
+
+  struct Left {
+    uint32_t x[4];
+  };
+  struct Right {
+    uint32_t x[2];
+  };
+
+  __device__ explicit Matrix(bool /*tf32*/) {}
+
+  __device__ void load(Left& a, uint32_t address) const { load_matrices(a.x, address); }
+
+  // Two neighboring operands of 8 columns.
+  __device__ void load(Right (&b)[2], uint32_t address) const {
+    uint32_t x[4];
+    load_matrices(x, address);
+    b[0] = {x[0], x[1]};
+    b[1] = {x[2], x[3]};
+  }
+
+  template <int kRowBytes>
+  __device__ void load_transposed(Right (&b)[2], uint32_t address) const {
+    uint32_t x[4];
+    load_matrices_transposed(x, address);
+    b[0] = {x[0], x[1]};
+    b[1] = {x[2], x[3]};
+  }
+
+  // Results as the left operand of the k-th product over their columns.
+  template <int kTiles>
+  __device__ void from_results(Left& a, const float (&c)[kTiles][4], int k) const {
+    for (int i = 0; i < 4; ++i) {
+      const float (&tile)[4] = c[2 * k + i / 2];
+      a.x[i] = pack<Element>(tile[i % 2 * 2], tile[i % 2 * 2 + 1]);
+    }
+  }
+
+  __device__ void multiply_add(float (&c)[4], const Left& a, const Right& b) const {
+    if constexpr (std::is_same_v<Element, BFloat16>) {
+      asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+          "{%8, %9}, {%0, %1, %2, %3};"
+          : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+          : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b.x[0]), "r"(b.x[1]));
+    } else {
+      asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+          "{%8, %9}, {%0, %1, %2, %3};"
+          : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+          : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b.x[0]), "r"(b.x[1]));
+    }
+  }
+};
+
+// ---- float32
+
+template <>
+struct Matrix<float> {
+  static constexpr int kDepth = 8;
+
+  // x = large + small; small is 0 where TF32 is enough.
+  template <int kSize>
+  struct Split {
+    uint32_t large[kSize];
+    uint32_t small[kSize];
+  };
+  using Left = Split<4>;
+  using Right = Split<2>;
+
+  bool tf32;
+
+  __device__ explicit Matrix(bool tf32) : tf32(tf32) {}
+
+  __device__ void load(Left& a, uint32_t address) const {
+    uint32_t x[4];
+    load_matrices(x, address);
+    for (int i = 0; i < 4; ++i) split(a, i, __uint_as_float(x[i]));
+  }
+
+  __device__ void load(Right (&b)[2], uint32_t address) const {
+    uint32_t x[4];
+    load_matrices(x, address);
+    for (int i = 0; i < 4; ++i) split(b[i / 2], i % 2, __uint_as_float(x[i]));
+  }
+
+  // Matrices of 4-byte elements cannot be transposed on the way. The terms of a product are
+  // numbered as from_results numbers them: the lane's two are neighbors.
+  template <int kRowBytes>
+  __device__ void load_transposed(Right (&b)[2], uint32_t address) const {
+    for (int i = 0; i < 4; ++i) {
+      float x;
+      asm volatile("ld.shared.f32 %0, [%1];"
+                   : "=f"(x)
+                   : "r"(address + i % 2 * kRowBytes + i / 2 * 32)
+                   : "memory");
+      split(b[i / 2], i % 2, x);
+    }
+  }
+
+  template <int kTiles>
+  __device__ void from_results(Left& a, const float (&c)[kTiles][4], int k) const {
+    for (int i = 0; i < 4; ++i) split(a, i, c[k][i % 2 * 2 + i / 2]);
+  }
+
+  __device__ void multiply_add(float (&c)[4], const Left& a, const Right& b) const {
+    if (!tf32) {
+      multiply_add(c, a.small, b.large);
+      multiply_add(c, a.large, b.small);
+    }
+    multiply_add(c, a.large, b.large);
+  }
+
+ private:
+  static __device__ void multiply_add(float (&c)[4], const uint32_t (&a)[4],
+                                      const uint32_t (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+
+  template <int kSize>
+  static __device__ void split(Split<kSize>& result, int i, float x) {
+    uint32_t large;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(large) : "f"(x));
+    result.large[i] = large;
+    result.small[i] = __float_as_uint(x - __uint_as_float(large));
+  }
+};
+
+// ---- products of tiles; a warp has kBlocks blocks of 16 rows
+
+template <int kBlocks, int kTiles>
+struct Results {
+  float x[kBlocks][kTiles][4];
+
+  __device__ void clear() {
+    for (auto& block : x) {
+      for (auto& tile : block) {
+        for (float& value : tile) value = 0;
+      }
+    }
+  }
+  __device__ void scale(float factor) {
+    for (auto& block : x) {
+      for (auto& tile : block) {
+        for (float& value : tile) value *= factor;
+      }
+    }
+  }
+};
+
+// c += a b^T, the rows of both in shared memory: addresses are the lane's, of the first rows.
+template <typename Element, int kDim, int kBlocks, int kTiles>
+__device__ void multiply_rows(Results<kBlocks, kTiles>& c, const Matrix<Element>& matrix,
+                              uint32_t left, uint32_t right) {
+  constexpr int kRowBytes = LaneOffset<Element, kDim>::kRowBytes;
+#pragma unroll
+  for (int k = 0; k < kDim / Matrix<Element>::kDepth; ++k) {
+    typename Matrix<Element>::Left a[kBlocks];
+#pragma unroll
+    for (int m = 0; m < kBlocks; ++m) {
+      matrix.load(a[m], left + m * 16 * kRowBytes + k * 2 * kUnitBytes);
+    }
+#pragma unroll
+    for (int n = 0; n < kTiles / 2; ++n) {
+      typename Matrix<Element>::Right b[2];
+      matrix.load(b, right + n * 16 * kRowBytes + k * 2 * kUnitBytes);
+#pragma unroll
+      for (int m = 0; m < kBlocks; ++m) {
+        matrix.multiply_add(c.x[m][2 * n], a[m], b[0]);
+        matrix.multiply_add(c.x[m][2 * n + 1], a[m], b[1]);
+      }
+    }
+  }
+}
+
+// c += w b: w in registers, the rows of b in shared memory.
+template <typename Element, int kDim, int kBlocks, int kTiles, int kTerms>
+__device__ void multiply_weights(Results<kBlocks, kTiles>& c, const Matrix<Element>& matrix,
+                                 const Results<kBlocks, kTerms>& w, uint32_t right) {
+  constexpr int kRowBytes = LaneOffset<Element, kDim>::kRowBytes;
+  constexpr int kDepth = Matrix<Element>::kDepth;
+#pragma unroll
+  for (int k = 0; k < kTerms * 8 / kDepth; ++k) {
+    typename Matrix<Element>::Left a[kBlocks];
+#pragma unroll
+    for (int m = 0; m < kBlocks; ++m) matrix.from_results(a[m], w.x[m], k);
+#pragma unroll
+    for (int n = 0; n < kTiles / 2; ++n) {
+      typename Matrix<Element>::Right b[2];
+      matrix.template load_transposed<kRowBytes>(
+          b, right + k * kDepth * kRowBytes + n * 16 * static_cast<int>(sizeof(Element)));
+#pragma unroll
+      for (int m = 0; m < kBlocks; ++m) {
+        matrix.multiply_add(c.x[m][2 * n], a[m], b[0]);
+        matrix.multiply_add(c.x[m][2 * n + 1], a[m], b[1]);
+      }
+    }
+  }
+}
+
+}  // namespace jax_natten::sm80
