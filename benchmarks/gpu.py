@@ -1,26 +1,47 @@
-"""Times of the CUDA kernels beside the time that their work would take at the rates of the chip.
+"""Times of the operations on a GPU as a model sees them, beside the rates of the chip and the alternatives.
 
-The floor of an operation is the larger of two times: its arithmetic (`jax_natten.flops` and the like: useful
-operations only) at the rate of the plain multiply-add units, and its bytes (every operand read once, every result
-written once) at the rate at which a copy moves bytes. Times are medians over repeats of several calls in a row, so
-that the cost of a launch is hidden. Usage:
+Method: N calls are unrolled in one `jax.jit`. Between two calls, and between barriers that no fusion crosses, one
+element of the first operand is overwritten in place by a sum of one element of every result: XLA can neither drop,
+merge nor overlap calls or parts of their results, and all work on the same random data. The launch that this takes is
+counted. Chains of N and 2N calls are timed in turn on the host's clock, after warm-up; (t(2N) - t(N)) / N, its median
+over the repeats, is free of what a run costs once, dispatch and waiting. N calls take about 10 ms, but N is at most 10.
+`backward` and `tangent` are the linear maps alone: what they need of forward is computed before.
 
-    python benchmarks/gpu.py [--cases NAME ...] [--operations NAME ...] [--dtype bfloat16] [--repeats 5]
+Columns: TFLOP/s counts useful operations, on pairs of a query with a key that it sees. The floor is the larger of their
+time on the plain multiply-add units and of that of the bytes, every operand read and every result written once, at the
+rate of a copy; tensor cores can pass it. Then the alternatives, in brackets their time over ours: dense attention over
+the flattened tokens by cuDNN (causal where the case is) and by XLA under the neighborhood's mask, timed in the same run
+with --dense, and figures from elsewhere. Before the table, outputs are checked against NumPy at a few queries.
+
+    python benchmarks/gpu.py --cases vit hr --operations forward backward --dense --json rows.jsonl
 """
 
 import argparse
+import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
+from functools import cache, partial
+from math import ceil, inf, prod
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
 
-from jax_natten import flops, na1d, na1d_av, na1d_qk, na2d, na2d_av, na2d_qk, na3d, na3d_av, na3d_qk
+from jax_natten import na1d, na1d_av, na1d_qk, na2d, na2d_av, na2d_qk, na3d, na3d_av, na3d_qk, window_indices
 
 PLAIN_FLOPS = 66.9e12  # float32 multiply-adds of an H100 SXM: 132 processors, 128 lanes, 1.98 GHz
+COPY_SIZE, MATMUL_SIZE = 2**28, 8192
+MASKED_BYTES = 8e9  # limit on the logits of masked dense attention
+TOLERANCE = {"bfloat16": 2e-2, "float16": 2e-2, "float32": 1e-4}
+
+# How many products of queries with keys or the like; arrays of the query's shape, and of weights, read or written.
+OPERATIONS = {"forward": (2, 4, 0), "backward": (5, 8, 0), "tangent": (5, 8, 0)}
+OPERATIONS |= {"qk": (1, 2, 1), "av": (1, 2, 1), "inverse": (1, 2, 1)}
 
 
 @dataclass(frozen=True)
@@ -31,24 +52,34 @@ class Case:
     kernel_size: tuple[int, ...]
     stride: int | tuple[int, ...] = 1
     dilation: int = 1
-
-    @property
-    def rank(self) -> int:
-        return len(self.kernel_size)
+    is_causal: bool = False
 
     @property
     def window(self) -> dict:
-        return dict(kernel_size=self.kernel_size, stride=self.stride, dilation=self.dilation)
-
-    @property
-    def product_flops(self) -> float:
-        """Of one product of queries and keys."""
-        return 2.0 * prod(self.shape) * prod(self.kernel_size)
+        return {name: value for name, value in vars(self).items() if name != "shape"}
 
     @property
     def weights_shape(self) -> tuple[int, ...]:
         batch, *spatial, heads, _ = self.shape
         return (batch, heads, *spatial, prod(self.kernel_size))
+
+    def bounds(self, axis: int, coordinate: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Start and end of the windows of coordinates on an axis, in positions of their dilation groups."""
+        k, t, d = self.kernel_size[axis], np.broadcast_to(self.stride, len(self.kernel_size))[axis], self.dilation
+        group, position = coordinate % d, coordinate // d
+        length = -(-(self.shape[1 + axis] - group) // d)
+        leader = np.minimum(position // t * t + (t - 1 if self.is_causal else t // 2), length - 1)
+        if self.is_causal:
+            return np.maximum(leader - k + 1, 0), position + 1
+        start = np.clip(leader - k // 2, 0, length - k)
+        return start, start + k
+
+    @property
+    def product_flops(self) -> float:
+        """Of one product of queries and the keys that they see."""
+        bounds = (self.bounds(axis, np.arange(length)) for axis, length in enumerate(self.shape[1:-2]))
+        pairs = self.shape[0] * self.shape[-2] * prod(int((end - start).sum()) for start, end in bounds)
+        return 2.0 * pairs * self.shape[-1]
 
 
 CASES = {
@@ -58,107 +89,204 @@ CASES = {
     "2d_s": Case((1, 256, 256, 24, 128), (80, 80), 16),
     "3d": Case((1, 30, 48, 80, 24, 128), (18, 24, 24)),
     "3d_s": Case((1, 30, 48, 80, 24, 128), (18, 24, 24), (16, 8, 8)),
+    "3d64": Case((1, 30, 48, 80, 24, 64), (18, 24, 24)),
     "vit": Case((32, 56, 56, 4, 64), (7, 7)),
     "hr": Case((8, 128, 128, 8, 64), (13, 13)),
     "dil": Case((1, 32, 64, 64, 16, 128), (8, 8, 8), 1, 2),
     "dil64": Case((1, 32, 64, 64, 16, 64), (8, 8, 8), 1, 2),
+    "nat": Case((64, 56, 56, 2, 32), (7, 7)),
+    "causal": Case((1, 65536, 8, 128), (4096,), is_causal=True),
+    "video": Case((1, 8, 64, 64, 8, 64), (4, 8, 8)),
 }
-SMALL = ("vit", "hr", "dil64")
+SMALL, DENSE_BACKWARD = ("nat", "vit", "hr", "dil64"), ("1d", "vit", "hr")
 
-
-def heads_first(x: jax.Array) -> jax.Array:
-    return jnp.moveaxis(x, -2, 1)
-
-
-@dataclass(frozen=True)
-class Work:
-    """A compiled function, its operands, and what it has to do."""
-
-    function: Callable
-    operands: tuple
-    flops: float
-    bytes: float
-
-
-def bytes_of(*arrays) -> float:
-    return float(sum(prod(x.shape) * x.dtype.itemsize for x in arrays))
-
-
-def work(operation: str, case: Case, dtype: str) -> Work:
-    q, k, v = (jax.random.normal(key, case.shape, dtype) for key in jax.random.split(jax.random.key(0), 3))
-    fused = (na1d, na2d, na3d)[case.rank - 1]
-    qk = (na1d_qk, na2d_qk, na3d_qk)[case.rank - 1]
-    av = (na1d_av, na2d_av, na3d_av)[case.rank - 1]
-
-    def attention(q, k, v):
-        return fused(q, k, v, **case.window)
-
-    if operation == "forward":
-        useful = flops(case.shape, **case.window).forward
-        return Work(jax.jit(attention), (q, k, v), useful, bytes_of(q, k, v, q))
-    if operation == "backward":
-        useful = flops(case.shape, **case.window).backward
-        _, pull = jax.vjp(attention, q, k, v)
-        return Work(jax.jit(lambda pull, out_bar: pull(out_bar)), (pull, q), useful, 8 * bytes_of(q))
-    q, k, v = map(heads_first, (q, k, v))
-    weights = jax.ShapeDtypeStruct(case.weights_shape, jnp.dtype(dtype))
-    if operation == "qk":
-        function = jax.jit(lambda q, k: qk(q, k, **case.window))
-        return Work(function, (q, k), case.product_flops, bytes_of(q, k, weights))
-    attn = jax.random.normal(jax.random.key(1), weights.shape, dtype)
-    if operation == "av":
-        function = jax.jit(lambda attn, v: av(attn, v, **case.window))
-        return Work(function, (attn, v), case.product_flops, bytes_of(weights, v, q))
-    if operation == "inverse":
-        function = jax.jit(lambda attn, x, like: jax.linear_transpose(lambda v: av(attn, v, **case.window), like)(x))
-        return Work(function, (attn, q, v), case.product_flops, bytes_of(weights, v, q))
-    raise ValueError(f"operation: expected one of {OPERATIONS}, got {operation!r}")
-
-
-OPERATIONS = ("forward", "backward", "qk", "av", "inverse")
+# From elsewhere, not measured by this file: ms on one H100 in bfloat16. FlexAttention with the neighborhood as its
+# mask, tokens in raster order; NATTEN's operation, its kernel with the permutes around it.
+ROWS = ("1d", "1d_s", "2d", "2d_s", "3d", "3d_s", "vit", "hr", "dil", "dil64")
+ELSEWHERE = {
+    ("flex_attention", "forward"): dict(zip(ROWS, (2.63, 2.24, 110, 136, 484, 538, 1.16, 5.55), strict=False)),
+    ("natten", "forward"): dict(zip(ROWS, (2.22, 1.88, 18.3, 9.78, 76.1, 27.2, 0.477, 1.23, 7.82, 4.67), strict=True)),
+    ("natten", "backward"): dict(zip(ROWS, (9.44, 9.02, 62.5, 52.2, 261, 145, 1.39, 3.61, 22.3, 12.6), strict=True)),
+}
 
 
 def milliseconds(function: Callable, operands: tuple, repeats: int) -> float:
-    """Median time of a call; enough calls in a row to take 20 ms."""
-    jax.block_until_ready(function(*operands))
+    """Time of a call in a chain of calls, as above."""
+    barrier = jax.lax.optimization_barrier
 
-    def run(calls: int) -> float:
+    @cache
+    def chain(calls: int) -> Callable:
+        def run(x, *others):
+            for _ in range(calls):
+                results = barrier(jax.tree.leaves(function(x, *others)))
+                corner = 1e-3 * sum(y[(slice(1),) * y.ndim] for y in results)  # 1e-3: a chain never explodes
+                x = barrier(jax.lax.dynamic_update_slice(x, corner, (0,) * x.ndim))
+            return x
+
+        return jax.jit(run)
+
+    def wall(calls: int) -> float:
         begin = time.perf_counter()
-        for _ in range(calls):
-            out = function(*operands)
-        jax.block_until_ready(out)
-        return (time.perf_counter() - begin) * 1e3 / calls
+        jax.block_until_ready(chain(calls)(*operands))
+        return (time.perf_counter() - begin) * 1e3
 
-    calls = max(1, min(50, int(20 / run(1))))
-    return statistics.median(run(calls) for _ in range(repeats))
+    wall(1)
+    calls = min(10, ceil(10 / wall(1)))
+    wall(calls), wall(2 * calls)
+    return statistics.median((wall(2 * calls) - wall(calls)) / calls for _ in range(repeats))
 
 
-def copy_bytes_per_second(repeats: int) -> float:
-    x = jnp.ones((2**28,), jnp.float32)
-    return 2 * bytes_of(x) / (milliseconds(jax.jit(lambda x: x + 1), (x,), repeats) * 1e-3)
+def random(shape: tuple[int, ...], dtype: str, count: int) -> list[jax.Array]:
+    return [jax.random.normal(key, shape, dtype) for key in jax.random.split(jax.random.key(0), count)]
+
+
+def neighborhood(case: Case, backend: str | None) -> Partial:
+    return Partial(partial((na1d, na2d, na3d)[len(case.kernel_size) - 1], **case.window, backend=backend))
+
+
+def fused(operation: str, attention: Partial, shape: tuple[int, ...], dtype: str) -> tuple[Callable, tuple]:
+    """A function and its operands, among which are the arrays that `attention` may hold."""
+    q, k, v = random(shape, dtype, 3)
+    if operation == "forward":
+        return lambda q, k, v, attention: attention(q, k, v), (q, k, v, attention)
+    if operation == "backward":
+        _, pull = jax.vjp(jax.jit(attention), q, k, v)
+        return lambda out_bar, pull: pull(out_bar), (q, pull)
+    _, push = jax.linearize(jax.jit(attention), q, k, v)
+    return lambda q_dot, k_dot, v_dot, push: push(q_dot, k_dot, v_dot), (q, k, v, push)
+
+
+def unfused(operation: str, case: Case, dtype: str, backend: str | None) -> tuple[Callable, tuple]:
+    qk, av = ((na1d_qk, na1d_av), (na2d_qk, na2d_av), (na3d_qk, na3d_av))[len(case.kernel_size) - 1]
+    window = case.window | {"backend": backend}
+    x, y = random((*case.weights_shape[:-1], case.shape[-1]), dtype, 2)
+    if operation == "qk":
+        return lambda q, k: qk(q, k, **window), (x, y)
+    (attn,) = random(case.weights_shape[2:], dtype, 1)  # of one head: the bits of a draw take several times its memory
+    attn = jnp.broadcast_to(attn, case.weights_shape)
+    if operation == "av":
+        return lambda v, attn: av(attn, v, **window), (x, attn)
+    return lambda x, attn: jax.linear_transpose(lambda v: av(attn, v, **window), x)(x), (x, attn)
+
+
+def dense_milliseconds(case: Case, operation: str, masked: bool, dtype: str, repeats: int) -> float | None:
+    """Time of jax's dense attention over the flattened tokens; None where it cannot run."""
+    shape = (case.shape[0], prod(case.shape[1:-2]), *case.shape[-2:])
+    if masked and 4 * prod(shape[:3]) * shape[1] >= MASKED_BYTES or not masked and dtype == "float32":
+        return None
+    keywords = {"implementation": "xla"} if masked else {"implementation": "cudnn", "is_causal": case.is_causal}
+    try:
+        arrays = {"mask": mask(case)} if masked else {}
+        attention = Partial(partial(jax.nn.dot_product_attention, **keywords), **arrays)
+        return milliseconds(*fused(operation, attention, shape, dtype), repeats)
+    except Exception as error:  # limits of another library, which are many
+        print(f"dense {operation}, {keywords}: {str(error)[:200]!r}", file=sys.stderr)
+        return None
+
+
+def mask(case: Case) -> jax.Array:
+    """Whether a token sees another, `[1, 1, tokens, tokens]`."""
+    spatial = case.shape[1:-2]
+    coordinates, valid = window_indices(spatial, **case.window)
+    queries, _ = np.nonzero(valid.reshape(prod(spatial), -1))
+    sees = np.zeros((1, 1, prod(spatial), prod(spatial)), bool)
+    sees[0, 0, queries, np.ravel_multi_index(tuple(coordinates[valid].T), spatial)] = True
+    return jnp.asarray(sees)
+
+
+def worst_error(case: Case, dtype: str, backend: str | None) -> float:
+    """Largest error over the largest output of a query, of two corners and six random tokens; NaN where any is."""
+    q, k, v = random(case.shape, dtype, 3)
+    out = jax.jit(neighborhood(case, backend))(q, k, v)
+
+    def error(batch: int, *coordinates: int) -> float:
+        bounds = [case.bounds(axis, i) for axis, i in enumerate(coordinates)]
+        window = [np.arange(*b) * case.dilation + i % case.dilation for b, i in zip(bounds, coordinates, strict=True)]
+        query, found = (np.asarray(x[(batch, *coordinates)], np.float32) for x in (q, out))
+        keys, values = (np.asarray(x[np.ix_([batch], *window)], np.float32).reshape(-1, *query.shape) for x in (k, v))
+        logits = np.einsum("hd,nhd->nh", query, keys) * query.shape[-1] ** -0.5
+        weights = np.exp(logits - logits.max(axis=0))
+        expected = np.einsum("nh,nhd->hd", weights / weights.sum(axis=0), values)
+        return np.abs(found - expected).max() / np.abs(expected).max()
+
+    sizes = np.array(case.shape[:-2])
+    tokens = [0 * sizes, sizes - 1, *np.random.default_rng(0).integers(sizes, size=(6, len(sizes)))]
+    return float(np.max([error(*map(int, token)) for token in tokens]))
+
+
+def machine(dtype: str, repeats: int) -> dict:
+    """What the run is on, and the rates of its chip."""
+    status, driver = subprocess.getstatusoutput("nvidia-smi --query-gpu=driver_version --format=csv,noheader")
+    ones, square = jnp.ones((COPY_SIZE,)), (MATMUL_SIZE, MATMUL_SIZE)
+    copy = 2 * ones.nbytes / milliseconds(lambda x: x + 1, (ones,), repeats)
+    matmul = partial(jnp.matmul, precision="highest" if dtype == "float32" else None)  # no TF32
+    product = 2 * MATMUL_SIZE**3 / milliseconds(matmul, tuple(random(square, dtype, 2)), repeats)
+    device = dict(device=jax.devices()[0].device_kind, driver="unknown" if status else driver.split()[0])
+    return device | dict(jax=jax.__version__, dtype=dtype, copy_tb_s=copy * 1e-9, matmul_tflop_s=product * 1e-9)
+
+
+def measure(name: str, operation: str, options: argparse.Namespace, copy_rate: float) -> dict:
+    """A row; its ms is missing where the operation does not fit in memory."""
+    case, dtype, repeats = CASES[name], options.dtype, options.repeats
+    products, arrays, weights = OPERATIONS[operation]
+    useful = products * case.product_flops
+    array_bytes, weights_bytes = (prod(s) * jnp.dtype(dtype).itemsize for s in (case.shape, case.weights_shape))
+    floor = 1e3 * max(useful / PLAIN_FLOPS, (arrays * array_bytes + weights * weights_bytes) / copy_rate)
+    row = dict(case=name, operation=operation, floor_ms=floor)
+    memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", inf)
+    if weights:
+        if 4 * array_bytes + 2 * weights_bytes > memory:
+            return row
+        ms = milliseconds(*unfused(operation, case, dtype, options.backend), repeats)
+    else:
+        ms = milliseconds(*fused(operation, neighborhood(case, options.backend), case.shape, dtype), repeats)
+    row |= dict(ms=ms, tflop_s=useful / ms * 1e-9, of_the_floor=ms / floor)
+    if options.dense and (operation == "forward" or operation == "backward" and name in DENSE_BACKWARD):
+        row["cudnn_ms"] = dense_milliseconds(case, operation, False, dtype, repeats)
+        row["masked_ms"] = dense_milliseconds(case, operation, True, dtype, repeats)
+    if dtype == "bfloat16":
+        row |= {f"{who}_ms": ELSEWHERE.get((who, operation), {}).get(name) for who in ("flex_attention", "natten")}
+    return row
+
+
+def table_row(row: dict) -> str:
+    if "ms" not in row:
+        return f"| {row['case']} | {row['operation']} |" + " - |" * 8
+    ours = "{case} | {operation} | {ms:.3f} | {tflop_s:.2f} | {floor_ms:.3f} | {of_the_floor:.2f}x".format(**row)
+    others = map(row.get, ("cudnn_ms", "masked_ms", "flex_attention_ms", "natten_ms"))
+    figures = ("-" if ms is None else f"{ms:.3g} ({ms / row['ms']:.2f}x)" for ms in others)
+    return f"| {' | '.join((ours, *figures))} |"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(SMALL))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=SMALL)
     parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=list(OPERATIONS))
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", choices=TOLERANCE, default="bfloat16")
+    parser.add_argument("--repeats", type=int, default=7, help="pairs of chains whose median is taken")
+    parser.add_argument("--dense", action="store_true", help="also time dense attention")
+    parser.add_argument("--json", metavar="PATH", help="append every row to this file, one a line")
+    parser.add_argument("--backend", help="as na2d takes it")
     options = parser.parse_args()
 
-    device = jax.devices()[0]
-    bandwidth = copy_bytes_per_second(options.repeats)
-    print(f"{device.device_kind}, jax {jax.__version__}, {options.dtype}, copy {bandwidth * 1e-12:.2f} TB/s\n")
-    print("| case | operation | ms | TFLOP/s | floor ms | of the floor |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    run = machine(options.dtype, options.repeats) | {"backend": options.backend}
+    print("{device}, driver {driver}, jax {jax}, {dtype}, backend {backend}".format(**run), end=", ")
+    print("copy {copy_tb_s:.2f} TB/s, matmul {matmul_tflop_s:.1f} TFLOP/s".format(**run), flush=True)
+    for name in options.cases:
+        error = worst_error(CASES[name], options.dtype, options.backend)
+        print(f"{name}: relative error {error:.1e}", flush=True)
+        if not error <= TOLERANCE[options.dtype]:
+            raise SystemExit(f"{name}: the output is wrong, relative error over {TOLERANCE[options.dtype]:.0e}")
+
+    print("\n| case | operation | ms | TFLOP/s | floor ms | of the floor", end="")
+    print(" | cuDNN dense ms | masked dense ms | FlexAttention ms | NATTEN op ms |\n|" + " --- |" * 10, flush=True)
     for name in options.cases:
         for operation in options.operations:
-            todo = work(operation, CASES[name], options.dtype)
-            ms = milliseconds(todo.function, todo.operands, options.repeats)
-            floor = 1e3 * max(todo.flops / PLAIN_FLOPS, todo.bytes / bandwidth)
-            print(
-                f"| {name} | {operation} | {ms:.3f} | {todo.flops / ms * 1e-9:.2f} | {floor:.3f} | {ms / floor:.1f}x |"
-            )
+            row = measure(name, operation, options, run["copy_tb_s"] * 1e12)
+            print(table_row(row), flush=True)
+            if options.json:
+                with open(options.json, "a") as file:
+                    file.write(json.dumps(run | row) + "\n")
 
 
 if __name__ == "__main__":

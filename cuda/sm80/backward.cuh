@@ -11,79 +11,98 @@ namespace jax_natten::sm80 {
 
 // ---- queries
 
-template <typename Element, int kDim>
+template <typename Element, int kDim, int kRowCount>
 struct BackwardQueriesShared {
-  static constexpr int kRows = 64;
-  static constexpr int kColumns = columns_for<Element, kDim>(2, 72 * 1024);
+  static constexpr int kRows = kRowCount;
+  static constexpr int kColumns = columns_for<Element, kDim>(2, 64 * 64 / kRows);
   Rows<Element, kDim, kRows> q, ct;
   Rows<Element, kDim, kColumns> k[2], v[2];
   Plan<kRows, kColumns> plan;
   float delta[kRows];
 };
 
-// delta of the tile's queries, into shared memory and the array. A warp takes a row at a time.
-template <typename Element, int kRows>
+// delta of the tile's queries, into shared memory and the array.
+template <int kDim, typename Element, int kRows>
 __device__ void find_delta(float (&delta)[kRows], const int32_t (&rows)[kRows],
                            const BackwardArrays<Element>& arrays, int64_t sample, int length) {
-  constexpr int kWarps = kThreads / kWarp;
-  for (int i = static_cast<int>(threadIdx.x) / kWarp; i < kRows; i += kWarps) {
-    const int32_t row = rows[i];
-    if (row == kNoRow) continue;
-    const Element* out = rows_of(arrays.out, sample) + static_cast<int64_t>(row) * length;
-    const Element* ct = rows_of(arrays.ct_out, sample) + static_cast<int64_t>(row) * length;
+  constexpr int kUnits = kDim / kUnit<Element>;
+  constexpr int kLanes = kUnits < kWarp ? kUnits : kWarp;  // for a row
+  const auto thread = static_cast<int>(threadIdx.x);
+#pragma unroll
+  for (int i = 0; i < kRows; i += kThreads / kLanes) {
+    const int row = i + thread / kLanes;
     float product = 0;
-    for (int e = lane(); e < length; e += kWarp) {
-      product += device::widen(out[e]) * device::widen(ct[e]);
+#pragma unroll
+    for (int u = 0; u < kUnits; u += kLanes) {
+      const int begin = (u + thread % kLanes) * kUnit<Element>;
+      const auto out = load_unit(rows_of(arrays.out, sample), rows[row], begin, length);
+      const auto ct = load_unit(rows_of(arrays.ct_out, sample), rows[row], begin, length);
+#pragma unroll
+      for (int e = 0; e < kUnit<Element>; ++e) {
+        product += device::widen(out.element[e]) * device::widen(ct.element[e]);
+      }
     }
-    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+#pragma unroll
+    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
       product += __shfl_xor_sync(kAllLanes, product, offset);
     }
-    const bool empty = rows_of(arrays.lse, sample)[row] == -INFINITY;
-    const float result = empty ? 0.f : rows_of(arrays.ct_lse, sample)[row] - product;
-    if (lane() == 0) delta[i] = rows_of(arrays.delta, sample)[row] = result;
+    if (thread % kLanes == 0) delta[row] = product;
   }
+  __syncthreads();
+  if (thread >= kRows || rows[thread] == kNoRow) return;
+  const int32_t row = rows[thread];
+  const bool empty = rows_of(arrays.lse, sample)[row] == -INFINITY;
+  delta[thread] = empty ? 0.f : rows_of(arrays.ct_lse, sample)[row] - delta[thread];
+  rows_of(arrays.delta, sample)[row] = delta[thread];
 }
 
 // ds of a tile of queries and the columns in a buffer, from the queries' lse as a shift.
-template <typename Element, int kDim, int kTiles>
-__device__ void find_ds(Results<1, kTiles>& ds, const BackwardQueriesShared<Element, kDim>& shared,
+template <typename Element, int kDim, int kRows, int kBlocks, int kTiles>
+__device__ void find_ds(Results<kBlocks, kTiles>& ds,
+                        const BackwardQueriesShared<Element, kDim, kRows>& shared,
                         const Matrix<Element>& matrix, int buffer, int slot, uint32_t guard,
                         bool is_rim, const LogitScale& scale, const float* table,
-                        const float (&shift)[2]) {
-  const int row = first_row<1>();
-  Results<1, kTiles> s;
+                        const float (&shift)[kBlocks][2]) {
+  const int row = first_row<kBlocks>();
+  Results<kBlocks, kTiles> s;
   s.clear();
   ds.clear();
   multiply_rows<Element, kDim>(s, matrix, shared.q.left(row), shared.k[buffer].right());
   multiply_rows<Element, kDim>(ds, matrix, shared.ct.left(row), shared.v[buffer].right());
   finish_logits(s, shared.plan, slot, guard, is_rim, scale, table);
-  const float delta[2] = {shared.delta[row_of<1>(0, 0)], shared.delta[row_of<1>(0, 1)]};
 #pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
+  for (int i = 0; i < kBlocks * 2; ++i) {
+    const int m = i / 2, r = i % 2;
+    const float delta = shared.delta[row_of<kBlocks>(m, r)];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float weight = exp2_of(s.x[0][n][i] * scale.factor() - shift[i / 2]);
-      ds.x[0][n][i] = weight * (ds.x[0][n][i] + delta[i / 2]);
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int e = 2 * r; e < 2 * r + 2; ++e) {
+        const float weight = exp2_of(s.x[m][n][e] * scale.factor() - shift[m][r]);
+        ds.x[m][n][e] = weight * (ds.x[m][n][e] + delta);
+      }
     }
   }
 }
 
 // The lane's shifts of its rows.
-template <int kRows>
-__device__ void find_shifts(float (&shift)[2], const int32_t (&rows)[kRows], const float* lse) {
-  for (int r = 0; r < 2; ++r) {
-    const int32_t row = rows[row_of<1>(0, r)];
-    shift[r] = weight_shift(row == kNoRow ? -INFINITY : lse[row]);
+template <int kBlocks, int kRows>
+__device__ void find_shifts(float (&shift)[kBlocks][2], const int32_t (&rows)[kRows],
+                            const float* lse) {
+#pragma unroll
+  for (int i = 0; i < kBlocks * 2; ++i) {
+    const int32_t row = rows[row_of<kBlocks>(i / 2, i % 2)];
+    shift[i / 2][i % 2] = weight_shift(row == kNoRow ? -INFINITY : lse[row]);
   }
 }
 
-template <typename Element, int kDim>
-__global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
+template <typename Element, int kDim, int kRows>
+__global__ void __launch_bounds__(kThreads, kDim* kRows <= 64 * 64 ? 3 : 2)
     backward_queries_kernel(const __grid_constant__ BackwardArrays<Element> arrays,
                             const __grid_constant__ Problem<kAxes> p,
                             const __grid_constant__ Tiling tiling) {
-  using Shared = BackwardQueriesShared<Element, kDim>;
-  constexpr int kRows = Shared::kRows, kColumns = Shared::kColumns;
+  using Shared = BackwardQueriesShared<Element, kDim, kRows>;
+  constexpr int kColumns = Shared::kColumns, kBlocks = kRows / 64;
   Shared& shared = shared_memory<Shared>();
   const TileIndex tile = tile_index<Side::kQueries>(p, tiling, blockIdx.x);
   const int64_t sample = tile.sample;
@@ -92,14 +111,14 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
   const LogitScale scale(p.scale, arrays.has_bias());
   const Matrix<Element> matrix(p.tf32);
   const int dim = static_cast<int>(p.dim), value_dim = static_cast<int>(p.value_dim);
-  const int row = first_row<1>();
+  const int row = first_row<kBlocks>();
 
   load_rows<kDim, kRows>(shared.q.x, rows_of(arrays.q, sample), shared.plan.row, dim);
   load_rows<kDim, kRows>(shared.ct.x, rows_of(arrays.ct_out, sample), shared.plan.row, value_dim);
-  find_delta(shared.delta, shared.plan.row, arrays, sample, value_dim);
-  float shift[2];
+  find_delta<kDim>(shared.delta, shared.plan.row, arrays, sample, value_dim);
+  float shift[kBlocks][2];
   find_shifts(shift, shared.plan.row, rows_of(arrays.lse, sample));
-  Results<1, kDim / 8> dq;
+  Results<kBlocks, kDim / 8> dq;
   dq.clear();
   for_each_tile(
       planner,
@@ -110,23 +129,22 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
                                   value_dim);
       },
       [&](int buffer, int slot, bool is_rim) {
-        Results<1, kColumns / 8> ds;
+        Results<kBlocks, kColumns / 8> ds;
         find_ds(ds, shared, matrix, buffer, slot, planner.guard(), is_rim, scale, table, shift);
         multiply_weights<Element, kDim>(dq, matrix, ds, shared.k[buffer].right_transposed());
       });
 
-  const auto logit_scale = static_cast<float>(p.scale);
-  const float factor[1][2] = {{logit_scale, logit_scale}};
+  dq.scale(static_cast<float>(p.scale));
   store_rows<kDim>(rows_of(arrays.dq, sample), shared.plan.row + row, 0, dim,
-                   shared.q.x + row * kPitch<Element, kDim>, dq, factor);
+                   shared.q.x + row * kPitch<Element, kDim>, dq);
 }
 
 // ---- keys
 
-template <typename Element, int kDim>
+template <typename Element, int kDim, int kRowCount>
 struct BackwardKeysShared {
-  static constexpr int kRows = 64;
-  static constexpr int kColumns = columns_for<Element, kDim>(2, 72 * 1024);
+  static constexpr int kRows = kRowCount;
+  static constexpr int kColumns = columns_for<Element, kDim>(2, 64 * 64 / kRows);
   Rows<Element, kDim, kRows> k, v;
   Rows<Element, kDim, kColumns> q[2], ct[2];
   alignas(16) float lse[2][kColumns];
@@ -145,13 +163,13 @@ __device__ void load_numbers(float* to, const float* from, const int32_t* column
 }
 
 // A block has a tile of keys and kOut elements of both gradients. Reads delta.
-template <typename Element, int kDim, int kOut>
-__global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
+template <typename Element, int kDim, int kRows, int kOut>
+__global__ void __launch_bounds__(kThreads, kDim* kRows <= 64 * 64 ? 3 : 2)
     backward_keys_kernel(const __grid_constant__ BackwardArrays<Element> arrays,
                          const __grid_constant__ Problem<kAxes> p,
                          const __grid_constant__ Tiling tiling) {
-  using Shared = BackwardKeysShared<Element, kDim>;
-  constexpr int kRows = Shared::kRows, kColumns = Shared::kColumns;
+  using Shared = BackwardKeysShared<Element, kDim, kRows>;
+  constexpr int kColumns = Shared::kColumns, kBlocks = kRows / 64;
   Shared& shared = shared_memory<Shared>();
   const TileIndex tile = tile_index<Side::kKeys>(p, tiling, blockIdx.x);
   const int64_t sample = tile.sample;
@@ -160,11 +178,11 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
   const LogitScale scale(p.scale, arrays.has_bias());
   const Matrix<Element> matrix(p.tf32);
   const int dim = static_cast<int>(p.dim), value_dim = static_cast<int>(p.value_dim);
-  const int row = first_row<1>(), begin = static_cast<int>(blockIdx.y) * kOut;
+  const int row = first_row<kBlocks>(), begin = static_cast<int>(blockIdx.y) * kOut;
 
   load_rows<kDim, kRows>(shared.k.x, rows_of(arrays.k, sample), shared.plan.row, dim);
   load_rows<kDim, kRows>(shared.v.x, rows_of(arrays.v, sample), shared.plan.row, value_dim);
-  Results<1, kOut / 8> dk, dv;
+  Results<kBlocks, kOut / 8> dk, dv;
   dk.clear();
   dv.clear();
   for_each_tile(
@@ -178,7 +196,7 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
         load_numbers<kColumns>(shared.delta[buffer], rows_of(arrays.delta, sample), columns);
       },
       [&](int buffer, int slot, bool is_rim) {
-        Results<1, kColumns / 8> s, ds;
+        Results<kBlocks, kColumns / 8> s, ds;
         s.clear();
         ds.clear();
         multiply_rows<Element, kDim>(s, matrix, shared.k.left(row), shared.q[buffer].right());
@@ -191,10 +209,11 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
             const float shift = weight_shift(shared.lse[buffer][column_of(n) + e]);
             const float delta = shared.delta[buffer][column_of(n) + e];
 #pragma unroll
-            for (int i = e; i < 4; i += 2) {
-              float& weight = s.x[0][n][i];
+            for (int i = 0; i < kBlocks * 2; ++i) {
+              float& weight = s.x[i / 2][n][i % 2 * 2 + e];
+              float& gradient = ds.x[i / 2][n][i % 2 * 2 + e];
               weight = exp2_of(weight * scale.factor() - shift);
-              ds.x[0][n][i] = weight * (ds.x[0][n][i] + delta);
+              gradient = weight * (gradient + delta);
             }
           }
         }
@@ -202,12 +221,11 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
         multiply_weights<Element, kDim>(dk, matrix, ds, shared.q[buffer].right_transposed(begin));
       });
 
-  const auto logit_scale = static_cast<float>(p.scale);
-  const float key_factor[1][2] = {{logit_scale, logit_scale}}, value_factor[1][2] = {{1, 1}};
+  dk.scale(static_cast<float>(p.scale));
   store_rows<kDim>(rows_of(arrays.dk, sample), shared.plan.row + row, begin, dim,
-                   shared.k.x + row * kPitch<Element, kDim>, dk, key_factor);
+                   shared.k.x + row * kPitch<Element, kDim>, dk);
   store_rows<kDim>(rows_of(arrays.dv, sample), shared.plan.row + row, begin, value_dim,
-                   shared.v.x + row * kPitch<Element, kDim>, dv, value_factor);
+                   shared.v.x + row * kPitch<Element, kDim>, dv);
 }
 
 // ---- biases
@@ -216,8 +234,8 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
 // queries and has a table of its own. A warp adds the ds of one query at a time: these belong to
 // different entries, so that no addition meets another.
 template <typename Element, int kDim>
-struct BackwardTableShared : BackwardQueriesShared<Element, kDim> {
-  using Base = BackwardQueriesShared<Element, kDim>;
+struct BackwardTableShared : BackwardQueriesShared<Element, kDim, 64> {
+  using Base = BackwardQueriesShared<Element, kDim, 64>;
   static constexpr int kDsPitch = Base::kColumns + 4;
   alignas(16) float ds[Base::kRows][kDsPitch];
   float tables[1];  // [copies, biases], as many as memory was asked for
@@ -263,9 +281,9 @@ __global__ void __launch_bounds__(kThreads, 2)
       const int32_t row = shared.plan.row[threadIdx.x];
       shared.delta[threadIdx.x] = row == kNoRow ? 0 : rows_of(arrays.delta, sample)[row];
     }
-    float shift[2];
+    float shift[1][2];
     find_shifts(shift, shared.plan.row, rows_of(arrays.lse, sample));
-    for_each_tile(
+    for_each_tile<true>(
         planner,
         [&](int buffer, int slot) {
           const int32_t* columns = shared.plan.column[slot];
@@ -275,8 +293,8 @@ __global__ void __launch_bounds__(kThreads, 2)
         },
         [&](int buffer, int slot, bool is_rim) {
           Results<1, kColumns / 8> ds;
-          find_ds<Element, kDim>(ds, shared, matrix, buffer, slot, planner.guard(), is_rim, scale,
-                                 table, shift);
+          find_ds<Element, kDim, kRows>(ds, shared, matrix, buffer, slot, planner.guard(), is_rim,
+                                        scale, table, shift);
 #pragma unroll
           for (int n = 0; n < kColumns / 8; ++n) {
 #pragma unroll
@@ -344,33 +362,54 @@ cudaError_t launch_tables(cudaStream_t stream, const BackwardArrays<Element>& ar
 
 // ---- launches
 
+template <typename Element, int kDim, int kRows>
+cudaError_t launch_backward_queries(cudaStream_t stream, const BackwardArrays<Element>& arrays,
+                                    const Problem<kAxes>& problem, const Tiling& tiling) {
+  return launch_tiles<BackwardQueriesShared<Element, kDim, kRows>, Side::kQueries>(
+      stream, backward_queries_kernel<Element, kDim, kRows>, arrays, problem, tiling);
+}
+
+template <typename Element, int kDim, int kRows>
+cudaError_t launch_backward_keys(cudaStream_t stream, const BackwardArrays<Element>& arrays,
+                                 const Problem<kAxes>& problem, const Tiling& tiling) {
+  constexpr int kOut = kDim < 128 ? kDim : 128;
+  return launch_tiles<BackwardKeysShared<Element, kDim, kRows>, Side::kKeys>(
+      stream, backward_keys_kernel<Element, kDim, kRows, kOut>, arrays, problem, tiling,
+      geometry::ceil_div(geometry::max(problem.dim, problem.value_dim), kOut));
+}
+
 template <typename Element>
 cudaError_t run_operation(cudaStream_t stream, const BackwardArrays<Element>& arrays,
                           const Problem<kAxes>& problem, int rank) {
   return with_dim(geometry::max(problem.dim, problem.value_dim), [&](auto dim) {
     constexpr int kDim = decltype(dim)::value;
-    constexpr int kOut = kDim < 128 ? kDim : 128;
-    using OfQueries = BackwardQueriesShared<Element, kDim>;
-    using OfKeys = BackwardKeysShared<Element, kDim>;
+    constexpr bool kIsHalf = sizeof(Element) == 2;
+    using Queries = BackwardQueriesShared<Element, kDim, 64>;
+    using Keys = BackwardKeysShared<Element, kDim, 64>;
     // All kernels can be launched, or none is.
     const size_t limit = shared_limit();
     int copies = kWarps;
     if (arrays.has_bias()) {
       while (copies > 0 && bytes_of_table_sums<Element, kDim>(problem, copies) > limit) copies /= 2;
     }
-    if (copies == 0 || sizeof(OfQueries) > limit || sizeof(OfKeys) > limit) return kNotServed;
+    if (copies == 0 || sizeof(Queries) > limit || sizeof(Keys) > limit) return kNotServed;
 
-    const Tiling queries =
-        choose_tiling<Side::kQueries>(problem, rank, OfQueries::kRows, OfQueries::kColumns);
-    const Tiling keys = choose_tiling<Side::kKeys>(problem, rank, OfKeys::kRows, OfKeys::kColumns);
-    cudaError_t error = launch_tiles<OfQueries, Side::kQueries>(
-        stream, backward_queries_kernel<Element, kDim>, arrays, problem, queries);
+    cudaError_t error = with_tiling < Queries, BackwardQueriesShared<Element, kDim, 128>,
+                Side::kQueries,
+                kIsHalf && kDim <= 128 > (problem, rank, [&](const Tiling& tiling, auto rows) {
+                             return launch_backward_queries<Element, kDim, decltype(rows)::value>(
+                                 stream, arrays, problem, tiling);
+                           });
     if (error != cudaSuccess) return error;
-    error = launch_tiles<OfKeys, Side::kKeys>(
-        stream, backward_keys_kernel<Element, kDim, kOut>, arrays, problem, keys,
-        geometry::ceil_div(geometry::max(problem.dim, problem.value_dim), kOut));
+    error = with_tiling < Keys, BackwardKeysShared<Element, kDim, 128>, Side::kKeys,
+    kIsHalf && kDim <= 64 > (problem, rank, [&](const Tiling& tiling, auto rows) {
+                 return launch_backward_keys<Element, kDim, decltype(rows)::value>(stream, arrays,
+                                                                                   problem, tiling);
+               });
     if (error != cudaSuccess || !arrays.has_bias()) return error;
-    return launch_tables<Element, kDim>(stream, arrays, problem, queries, copies);
+    const Tiling tiling =
+        choose_tiling<Side::kQueries>(problem, rank, Queries::kRows, Queries::kColumns);
+    return launch_tables<Element, kDim>(stream, arrays, problem, tiling, copies);
   });
 }
 

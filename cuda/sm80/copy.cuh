@@ -44,6 +44,20 @@ union Unit {
   Element element[kUnit<Element>];
 };
 
+// The unit of a row that begins at element `begin`; zeros where nothing is.
+template <typename Element>
+__device__ Unit<Element> load_unit(const Element* rows, int32_t row, int begin, int length) {
+  Unit<Element> unit{};
+  if (row == kNoRow) return unit;
+  const Element* first = rows + static_cast<int64_t>(row) * length + begin;
+  if (has_whole_units<Element>(length)) {
+    if (begin < length) unit.words = __ldg(reinterpret_cast<const uint4*>(first));
+  } else {
+    for (int e = 0; e < kUnit<Element> && begin + e < length; ++e) unit.element[e] = first[e];
+  }
+  return unit;
+}
+
 // Starts copying kCount rows, given by their numbers, into rows of kDim elements; what does not
 // exist becomes 0.
 template <int kDim, int kCount, typename Element>
@@ -66,23 +80,15 @@ __device__ void load_rows(Element* to, const Element* from, const int32_t* rows,
     }
   } else {
     for (int i = 0; i < kCount; i += kStep) {
-      const int32_t row = rows[first + i];
-      Unit<Element> copied{};
-      for (int e = 0; e < kUnit<Element>; ++e) {
-        if (row != kNoRow && begin + e < length) {
-          copied.element[e] = column[static_cast<int64_t>(row) * length + e];
-        }
-      }
-      *reinterpret_cast<uint4*>(to + (first + i) * kPitch<Element, kDim> + begin) = copied.words;
+      *reinterpret_cast<uint4*>(to + (first + i) * kPitch<Element, kDim> + begin) =
+          load_unit(from, rows[first + i], begin, length).words;
     }
   }
 }
 
-// Puts a warp's results, each row times its factor, into rows of shared memory of which no other
-// warp knows.
+// Puts a warp's results into rows of shared memory of which no other warp knows.
 template <int kDim, typename Element, int kBlocks, int kTiles>
-__device__ void stage_rows(Element* staging, const Results<kBlocks, kTiles>& results,
-                           const float (&factor)[kBlocks][2]) {
+__device__ void stage_rows(Element* staging, const Results<kBlocks, kTiles>& results) {
   static_assert(kTiles * 8 <= kDim);
   __syncwarp();
 #pragma unroll
@@ -93,8 +99,8 @@ __device__ void stage_rows(Element* staging, const Results<kBlocks, kTiles>& res
       for (int r = 0; r < 2; ++r) {
         Element* pair = staging + (m * 16 + r * 8 + lane() / 4) * kPitch<Element, kDim> + n * 8 +
                         lane() % 4 * 2;
-        const float x = results.x[m][n][2 * r] * factor[m][r];
-        const float y = results.x[m][n][2 * r + 1] * factor[m][r];
+        const float x = results.x[m][n][2 * r];
+        const float y = results.x[m][n][2 * r + 1];
         if constexpr (sizeof(Element) == 2) {
           *reinterpret_cast<uint32_t*>(pair) = pack<Element>(x, y);
         } else {
@@ -106,14 +112,13 @@ __device__ void stage_rows(Element* staging, const Results<kBlocks, kTiles>& res
   __syncwarp();
 }
 
-// Writes a warp's results, each row times its factor, into rows of which they are the elements from
-// `begin` on. `staging` has room for the warp's rows, whose numbers are `rows`.
+// Writes a warp's results into rows of which they are the elements from `begin` on. `staging` has
+// room for the warp's rows, whose numbers are `rows`.
 template <int kDim, typename Element, int kBlocks, int kTiles>
 __device__ void store_rows(Element* to, const int32_t* rows, int begin, int length,
-                           Element* staging, const Results<kBlocks, kTiles>& results,
-                           const float (&factor)[kBlocks][2]) {
+                           Element* staging, const Results<kBlocks, kTiles>& results) {
   constexpr int kLength = kPitch<Element, kDim>;
-  stage_rows<kDim>(staging, results, factor);
+  stage_rows<kDim>(staging, results);
   constexpr int kUnits = kTiles * 8 / kUnit<Element>;
   const bool whole = has_whole_units<Element>(length);
   for (int i = lane(); i < kBlocks * 16 * kUnits; i += kWarp) {

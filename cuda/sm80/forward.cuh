@@ -51,15 +51,7 @@ struct Softmax {
       }
       total[m][r] = total[m][r] * shrink[m][r] + sum;
     }
-    if (!__any_sync(kAllLanes, moved)) return;
-#pragma unroll
-    for (int m = 0; m < kBlocks; ++m) {
-#pragma unroll
-      for (int n = 0; n < kOutTiles; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) out.x[m][n][e] *= shrink[m][e / 2];
-      }
-    }
+    if (__any_sync(kAllLanes, moved)) out.scale_rows(shrink);
   }
 
   __device__ float row_total(int m, int r) const {
@@ -69,12 +61,10 @@ struct Softmax {
   }
 };
 
-// By so much a tile of 128 rows is faster, for each pair that it visits, than one of 64.
-inline constexpr double kLargeTileGain = 1.25;
-
-template <typename Element, int kDim, int kRows>
+template <typename Element, int kDim, int kRowCount>
 struct ForwardShared {
-  static constexpr int kColumns = columns_for<Element, kDim>(2, 72 * 1024);
+  static constexpr int kRows = kRowCount;
+  static constexpr int kColumns = columns_for<Element, kDim>(2);
   Rows<Element, kDim, kRows> q;
   Rows<Element, kDim, kColumns> k[2], v[2];
   Plan<kRows, kColumns> plan;
@@ -131,8 +121,9 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 && kRows == 64 ? 4 : 2)
       lse[number] = empty ? -INFINITY : softmax.largest[m][r] * scale.factor() * kLn2 + logf(total);
     }
   }
+  out.scale_rows(factor);
   store_rows<kDim>(rows_of(arrays.out, sample), shared.plan.row + row, 0, value_dim,
-                   shared.q.x + row * kPitch<Element, kDim>, out, factor);
+                   shared.q.x + row * kPitch<Element, kDim>, out);
 }
 
 template <typename Element, int kDim, int kRows>
@@ -147,17 +138,13 @@ cudaError_t run_operation(cudaStream_t stream, const ForwardArrays<Element>& arr
                           const Problem<kAxes>& problem, int rank) {
   return with_dim(geometry::max(problem.dim, problem.value_dim), [&](auto dim) {
     constexpr int kDim = decltype(dim)::value;
-    constexpr int kColumns = ForwardShared<Element, kDim, 64>::kColumns;
-    const Tiling small = choose_tiling<Side::kQueries>(problem, rank, 64, kColumns);
-    if constexpr (sizeof(Element) == 2 && kDim <= 128) {
-      // Larger tiles visit more pairs, but read each column for twice as many rows.
-      const Tiling large = choose_tiling<Side::kQueries>(problem, rank, 128, kColumns);
-      if (large.pairs < kLargeTileGain * small.pairs) {
-        const auto error = launch_forward<Element, kDim, 128>(stream, arrays, problem, large);
-        if (error != kNotServed) return error;
-      }
-    }
-    return launch_forward<Element, kDim, 64>(stream, arrays, problem, small);
+    return with_tiling < ForwardShared<Element, kDim, 64>, ForwardShared<Element, kDim, 128>,
+           Side::kQueries,
+           sizeof(Element) == 2 &&
+               kDim <= 128 > (problem, rank, [&](const Tiling& tiling, auto rows) {
+                 return launch_forward<Element, kDim, decltype(rows)::value>(stream, arrays,
+                                                                             problem, tiling);
+               });
   });
 }
 

@@ -11,12 +11,11 @@
 
 namespace jax_natten::sm80 {
 
-inline constexpr int kMostColumns = 64;
-
-// Columns in a tile: as many as fit in `bytes` in two copies of `arrays` arrays, and 16 at least.
+// Columns in a tile: `most`, or so many that two copies of `arrays` arrays fit in `bytes`, and 16
+// at least.
 template <typename Element, int kDim>
-constexpr int columns_for(int arrays, int bytes) {
-  int columns = kMostColumns;
+constexpr int columns_for(int arrays, int most = 64, int bytes = 72 * 1024) {
+  int columns = most;
   while (columns > 16 && 2 * arrays * columns * LaneOffset<Element, kDim>::kRowBytes > bytes) {
     columns /= 2;
   }
@@ -58,10 +57,11 @@ __device__ inline const float* table_of(const Tensor<const float>& tables, int64
 }
 
 // Visits all tiles of columns: load(buffer, slot) starts to copy the tile that is planned in the
-// slot, while compute(buffer, slot, is_rim) works on the one before. Copies begun earlier are there
+// slot, while compute(buffer, slot, is_rim) works on the one before, in
+// the warps whose rows see it or in all. Copies begun earlier are there
 // at the first compute. Warps may be a tile apart, so that a third slot is planned while two are
 // read.
-template <typename Planner, typename Load, typename Compute>
+template <bool kForAllWarps = false, typename Planner, typename Load, typename Compute>
 __device__ void for_each_tile(Planner& planner, Load&& load, Compute&& compute) {
   const int tiles = planner.tiles();
   bool is_rim = __syncthreads_or(planner.advance(0));
@@ -74,7 +74,7 @@ __device__ void for_each_tile(Planner& planner, Load&& load, Compute&& compute) 
     const bool next_is_rim = __syncthreads_or(next);
     if (goes_on) load((i + 1) % 2, (i + 1) % kSlots);
     commit_copies();
-    compute(i % 2, i % kSlots, is_rim);
+    if (kForAllWarps || planner.warp_sees(i)) compute(i % 2, i % kSlots, is_rim);
     is_rim = next_is_rim;
   }
   if (tiles > 0) return;
@@ -148,6 +148,24 @@ cudaError_t with_dim(int64_t longest, Run&& run) {
   if (longest <= 128) return run(Constant<128>{});
   if (longest <= 256) return run(Constant<256>{});
   return kNotServed;
+}
+
+// By so much a tile of 128 rows is faster, for each pair that it visits, than one of 64: it reads
+// each column for twice as many.
+inline constexpr double kLargeTileGain = 1.25;
+
+// launch(tiling, Constant of its rows) with tiles of 64 rows, or of 128 where that may be and is
+// faster.
+template <typename Small, typename Large, Side kRows, bool kMayBeLarge, typename Launch>
+cudaError_t with_tiling(const Problem<kAxes>& problem, int rank, Launch&& launch) {
+  const Tiling small = choose_tiling<kRows>(problem, rank, Small::kRows, Small::kColumns);
+  if constexpr (kMayBeLarge) {
+    const Tiling large = choose_tiling<kRows>(problem, rank, Large::kRows, Large::kColumns);
+    if (large.pairs < kLargeTileGain * small.pairs && sizeof(Large) <= shared_limit()) {
+      return launch(large, Constant<Large::kRows>{});
+    }
+  }
+  return launch(small, Constant<Small::kRows>{});
 }
 
 }  // namespace jax_natten::sm80

@@ -192,12 +192,18 @@ struct Matrix<float> {
     for (int i = 0; i < 4; ++i) split(a, i, c[k][i % 2 * 2 + i / 2]);
   }
 
+  // The matrix units cut off what they add to c. Accurate products are summed apart, and added to
+  // c with rounding.
   __device__ void multiply_add(float (&c)[4], const Left& a, const Right& b) const {
-    if (!tf32) {
-      multiply_add(c, a.small, b.large);
-      multiply_add(c, a.large, b.small);
+    if (tf32) {
+      multiply_add(c, a.large, b.large);
+      return;
     }
-    multiply_add(c, a.large, b.large);
+    float product[4] = {};
+    multiply_add(product, a.small, b.large);
+    multiply_add(product, a.large, b.small);
+    multiply_add(product, a.large, b.large);
+    for (int i = 0; i < 4; ++i) c[i] += product[i];
   }
 
  private:
@@ -228,6 +234,13 @@ struct Results {
     for (auto& block : x) {
       for (auto& tile : block) {
         for (float& value : tile) value = 0;
+      }
+    }
+  }
+  __device__ void scale_rows(const float (&factor)[kBlocks][2]) {
+    for (int m = 0; m < kBlocks; ++m) {
+      for (auto& tile : x[m]) {
+        for (int i = 0; i < 4; ++i) tile[i] *= factor[m][i / 2];
       }
     }
   }

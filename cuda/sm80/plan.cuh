@@ -72,6 +72,7 @@ struct Plan {
   RowSpan span[kRows];
   int32_t row_entry[kRows];  // its share of the index of a pair's entry
   int seen[kRows];           // how many columns it sees
+  Span row_columns[kRows];   // from the first to the last of them in the list
   // Of the columns of several tiles in turn.
   int32_t column[kSlots][kColumns];
   uint32_t place[kSlots][kColumns];
@@ -166,6 +167,7 @@ class Planner {
     // A field holds positions from 1 on, so that place 0 is in no interval.
     int64_t stride = 1, entry = 1;
     int64_t row_entry = 0;
+    Span columns = {0, 1};
     uint32_t fields = 0;
     uint32_t low = 0, high = 0, inner_low = 0, inner_high = 0;
     list_ = 1;
@@ -173,6 +175,8 @@ class Planner {
       const AxisWindow& window = problem.window[a];
       const Span box = plan.box[a], inner = plan.inner[a];
       count_[a] = box.begin == INT_MAX ? 0 : box.count();
+      columns.begin += (span[a].begin - box.begin) * list_;
+      columns.end += (span[a].end - 1 - box.begin) * list_;
       list_ *= count_[a];
       step_[a] = static_cast<int>(stride * window.dilation);
       first_ += static_cast<int>(stride * (box.begin * window.dilation + origin[a]));
@@ -205,6 +209,7 @@ class Planner {
       plan.span[thread] = {low, high + 2 * guard_};
       plan.row_entry[thread] = static_cast<int32_t>(row_entry);
       plan.seen[thread] = seen;
+      plan.row_columns[thread] = seen == 0 ? Span{INT_MAX, 0} : columns;
     }
     if constexpr (kHasStarts) {
       for (int a = 0, begin = 0; a < kAxes; begin += count_[a++]) {
@@ -226,12 +231,18 @@ class Planner {
     if constexpr (kRowsAreKeys) list_ *= static_cast<int>(group);
     seek(thread);
     __syncthreads();
+    find_warp_columns(kRowsAreKeys && group > 1);
   }
 
   __device__ uint32_t guard() const { return guard_; }
 
   // Tiles of columns.
   __device__ int tiles() const { return (list_ + kColumns - 1) / kColumns; }
+
+  // Whether a row of the thread's warp sees any column of a tile; true may be wrong.
+  __device__ bool warp_sees(int tile) const {
+    return (tile + 1) * kColumns > warp_columns_.begin && tile * kColumns < warp_columns_.end;
+  }
 
   // Writes the plan of the next tile of columns. True where the thread's column is not one that
   // all rows see.
@@ -283,6 +294,16 @@ class Planner {
                         : geometry::window_of(window, row.length, row.position).begin;
   }
 
+  // The part of the list that the rows of the thread's warp see. Where the list goes through the
+  // box for each of several heads, this is all of it.
+  __device__ void find_warp_columns(bool has_several_heads) {
+    constexpr int kRowsOfWarp = kRows / (kThreads / kWarp);
+    const int row = static_cast<int>(threadIdx.x) / kWarp * kRowsOfWarp + lane() % kRowsOfWarp;
+    const Span columns = has_several_heads ? Span{0, list_} : plan_.row_columns[row];
+    warp_columns_ = {__reduce_min_sync(kAllLanes, columns.begin),
+                     __reduce_max_sync(kAllLanes, columns.end)};
+  }
+
   // Goes to a column of the list, and works out the way to the one kColumns further.
   __device__ void seek(int number) {
     number_ = number;
@@ -302,7 +323,8 @@ class Planner {
   const int* starts_;
   uint32_t guard_ = 0;
   RowSpan inner_;
-  int list_;          // columns of all heads
+  int list_;  // columns of all heads
+  Span warp_columns_;
   int count_[kAxes];  // of the box
   int shift_[kAxes];  // of the field in a place
   int step_[kAxes];   // tokens from a position to the next

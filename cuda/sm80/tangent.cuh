@@ -10,7 +10,7 @@ namespace jax_natten::sm80 {
 template <typename Element, int kDim>
 struct TangentShared {
   static constexpr int kRows = 64;
-  static constexpr int kColumns = columns_for<Element, kDim>(4, 72 * 1024);
+  static constexpr int kColumns = columns_for<Element, kDim>(4);
   Rows<Element, kDim, kRows> q, dq;
   Rows<Element, kDim, kColumns> k[2], dk[2], v[2], dv[2];
   Plan<kRows, kColumns> plan;
@@ -101,9 +101,8 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
       for (int e = 2 * r; e < 2 * r + 2; ++e) changed.x[0][n][e] -= dlse[r] * out.x[0][n][e];
     }
   }
-  const float factor[1][2] = {{1, 1}};
   store_rows<kDim>(rows_of(arrays.dout, sample), shared.plan.row + row, begin, value_dim,
-                   shared.q.x + row * kPitch<Element, kDim>, changed, factor);
+                   shared.q.x + row * kPitch<Element, kDim>, changed);
 }
 
 template <typename Element>

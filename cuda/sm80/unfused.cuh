@@ -15,7 +15,7 @@ inline constexpr int kMostStarts = 2048;  // positions of a box, all axes togeth
 template <typename Element, int kDim>
 struct QkShared {
   static constexpr int kRows = 64;
-  static constexpr int kColumns = columns_for<Element, kDim>(1, 40 * 1024);
+  static constexpr int kColumns = columns_for<Element, kDim>(1);
   Rows<Element, kDim, kRows> query;
   Rows<Element, kDim, kColumns> key[2];
   Rows<Element, kColumns, kRows> product;
@@ -55,8 +55,7 @@ __global__ void __launch_bounds__(kThreads, 4)
         Results<1, kColumns / 8> s;
         s.clear();
         multiply_rows<Element, kDim>(s, matrix, shared.query.left(row), shared.key[buffer].right());
-        const float factor[1][2] = {{1, 1}};
-        stage_rows<kColumns>(shared.product.x + row * kPitchOfProduct, s, factor);
+        stage_rows<kColumns>(shared.product.x + row * kPitchOfProduct, s);
         // Neighboring lanes write neighboring slots.
         for (int i = row; i < row + 16; ++i) {
           const RowSpan span = shared.plan.span[i];
@@ -77,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 template <typename Element, int kDim>
 struct WeightedShared {
   static constexpr int kRows = 64;
-  static constexpr int kColumns = columns_for<Element, kDim>(1, 40 * 1024);
+  static constexpr int kColumns = columns_for<Element, kDim>(1);
   Rows<Element, kDim, kColumns> x[2];
   Rows<Element, kDim, kRows> staging;
   Plan<kRows, kColumns> plan;
@@ -131,9 +130,8 @@ __device__ void sum_weighted(const Tensor<Element>& out, const Tensor<const Elem
                               planner.guard());
         multiply_weights<Element, kDim>(sum, matrix, w, shared.x[buffer].right_transposed());
       });
-  const float factor[1][2] = {{1, 1}};
   store_rows<kDim>(rows_of(out, tile.sample), shared.plan.row + row, 0, length,
-                   shared.staging.x + row * kPitch<Element, kDim>, sum, factor);
+                   shared.staging.x + row * kPitch<Element, kDim>, sum);
 }
 
 template <typename Element, int kDim>
