@@ -60,8 +60,8 @@ __device__ void find_delta(float (&delta)[kRows], const int32_t (&rows)[kRows],
 template <typename Element, int kDim, int kRows, int kBlocks, int kTiles>
 __device__ void find_ds(Results<kBlocks, kTiles>& ds,
                         const BackwardQueriesShared<Element, kDim, kRows>& shared,
-                        const Matrix<Element>& matrix, int buffer, int slot, uint32_t guard,
-                        bool is_rim, const LogitScale& scale, const float* table,
+                        const Matrix<Element>& matrix, int buffer, int slot, bool is_rim,
+                        const LogitScale& scale, const float* table,
                         const float (&shift)[kBlocks][2]) {
   const int row = first_row<kBlocks>();
   Results<kBlocks, kTiles> s;
@@ -69,7 +69,7 @@ __device__ void find_ds(Results<kBlocks, kTiles>& ds,
   ds.clear();
   multiply_rows<Element, kDim>(s, matrix, shared.q.left(row), shared.k[buffer].right());
   multiply_rows<Element, kDim>(ds, matrix, shared.ct.left(row), shared.v[buffer].right());
-  finish_logits(s, shared.plan, slot, guard, is_rim, scale, table);
+  finish_logits(s, shared.plan, slot, is_rim, scale, table);
 #pragma unroll
   for (int i = 0; i < kBlocks * 2; ++i) {
     const int m = i / 2, r = i % 2;
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, kDim* kRows <= 64 * 64 ? 3 : 2)
   Shared& shared = shared_memory<Shared>();
   const TileIndex tile = tile_index<Side::kQueries>(p, tiling, blockIdx.x);
   const int64_t sample = tile.sample;
-  Planner<Family::kFused, Side::kQueries, kRows, kColumns> planner(shared.plan, p, tiling, tile);
+  make_plan<Family::kFused, Side::kQueries>(shared.plan, p, tiling, tile);
   const float* table = table_of(arrays.bias, sample, tile.head);
   const LogitScale scale(p.scale, arrays.has_bias());
   const Matrix<Element> matrix(p.tf32);
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, kDim* kRows <= 64 * 64 ? 3 : 2)
   Results<kBlocks, kDim / 8> dq;
   dq.clear();
   for_each_tile(
-      planner,
+      shared.plan,
       [&](int buffer, int slot) {
         const int32_t* columns = shared.plan.column[slot];
         load_rows<kDim, kColumns>(shared.k[buffer].x, rows_of(arrays.k, sample), columns, dim);
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, kDim* kRows <= 64 * 64 ? 3 : 2)
       },
       [&](int buffer, int slot, bool is_rim) {
         Results<kBlocks, kColumns / 8> ds;
-        find_ds(ds, shared, matrix, buffer, slot, planner.guard(), is_rim, scale, table, shift);
+        find_ds(ds, shared, matrix, buffer, slot, is_rim, scale, table, shift);
         multiply_weights<Element, kDim>(dq, matrix, ds, shared.k[buffer].right_transposed());
       });
 
@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, kDim* kRows <= 64 * 64 ? 3 : 2)
   Shared& shared = shared_memory<Shared>();
   const TileIndex tile = tile_index<Side::kKeys>(p, tiling, blockIdx.x);
   const int64_t sample = tile.sample;
-  Planner<Family::kFused, Side::kKeys, kRows, kColumns> planner(shared.plan, p, tiling, tile);
+  make_plan<Family::kFused, Side::kKeys>(shared.plan, p, tiling, tile);
   const float* table = table_of(arrays.bias, sample, tile.head * p.group());
   const LogitScale scale(p.scale, arrays.has_bias());
   const Matrix<Element> matrix(p.tf32);
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kThreads, kDim* kRows <= 64 * 64 ? 3 : 2)
   dk.clear();
   dv.clear();
   for_each_tile(
-      planner,
+      shared.plan,
       [&](int buffer, int slot) {
         const int32_t* columns = shared.plan.column[slot];
         load_rows<kDim, kColumns>(shared.q[buffer].x, rows_of(arrays.q, sample), columns, dim);
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, kDim* kRows <= 64 * 64 ? 3 : 2)
         ds.clear();
         multiply_rows<Element, kDim>(s, matrix, shared.k.left(row), shared.q[buffer].right());
         multiply_rows<Element, kDim>(ds, matrix, shared.v.left(row), shared.ct[buffer].right());
-        finish_logits(s, shared.plan, slot, planner.guard(), is_rim, scale, table);
+        finish_logits(s, shared.plan, slot, is_rim, scale, table);
 #pragma unroll
         for (int n = 0; n < kColumns / 8; ++n) {
 #pragma unroll
@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (unsigned t = part; t < tiles; t += parts) {
     const TileIndex tile = tile_index<Side::kQueries>(p, tiling, head_number * tiles + t);
     const int64_t sample = tile.sample;
-    Planner<Family::kFused, Side::kQueries, kRows, kColumns> planner(shared.plan, p, tiling, tile);
+    make_plan<Family::kFused, Side::kQueries>(shared.plan, p, tiling, tile);
     const float* table = table_of(arrays.bias, sample, tile.head);
     load_rows<kDim, kRows>(shared.q.x, rows_of(arrays.q, sample), shared.plan.row, dim);
     load_rows<kDim, kRows>(shared.ct.x, rows_of(arrays.ct_out, sample), shared.plan.row, value_dim);
@@ -283,8 +283,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     float shift[1][2];
     find_shifts(shift, shared.plan.row, rows_of(arrays.lse, sample));
-    for_each_tile<true>(
-        planner,
+    for_each_tile(
+        shared.plan,
         [&](int buffer, int slot) {
           const int32_t* columns = shared.plan.column[slot];
           load_rows<kDim, kColumns>(shared.k[buffer].x, rows_of(arrays.k, sample), columns, dim);
@@ -293,8 +293,8 @@ __global__ void __launch_bounds__(kThreads, 2)
         },
         [&](int buffer, int slot, bool is_rim) {
           Results<1, kColumns / 8> ds;
-          find_ds<Element, kDim, kRows>(ds, shared, matrix, buffer, slot, planner.guard(), is_rim,
-                                        scale, table, shift);
+          find_ds<Element, kDim, kRows>(ds, shared, matrix, buffer, slot, is_rim, scale, table,
+                                        shift);
 #pragma unroll
           for (int n = 0; n < kColumns / 8; ++n) {
 #pragma unroll
@@ -311,7 +311,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                 const RowSpan span = shared.plan.span[row];
                 float* entry = copy + shared.plan.row_entry[row];
                 for (int c = lane(); c < kColumns; c += kWarp) {
-                  if (sees(span, shared.plan.place[slot][c], planner.guard())) {
+                  if (sees(span, shared.plan.place[slot][c], shared.plan.list.guard)) {
                     entry[shared.plan.column_entry[slot][c]] += shared.ds[row][c];
                   }
                 }

@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 && kRows == 64 ? 4 : 2)
   Shared& shared = shared_memory<Shared>();
   const TileIndex tile = tile_index<Side::kQueries>(p, tiling, blockIdx.x);
   const int64_t sample = tile.sample;
-  Planner<Family::kFused, Side::kQueries, kRows, kColumns> planner(shared.plan, p, tiling, tile);
+  make_plan<Family::kFused, Side::kQueries>(shared.plan, p, tiling, tile);
   const Element* k_rows = rows_of(arrays.k, sample);
   const Element* v_rows = rows_of(arrays.v, sample);
   const float* table = table_of(arrays.bias, sample, tile.head);
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 && kRows == 64 ? 4 : 2)
   Results<kBlocks, kDim / 8> out;
   out.clear();
   for_each_tile(
-      planner,
+      shared.plan,
       [&](int buffer, int slot) {
         load_rows<kDim, kColumns>(shared.k[buffer].x, k_rows, shared.plan.column[slot], dim);
         load_rows<kDim, kColumns>(shared.v[buffer].x, v_rows, shared.plan.column[slot], value_dim);
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 && kRows == 64 ? 4 : 2)
         Results<kBlocks, kColumns / 8> s;
         s.clear();
         multiply_rows<Element, kDim>(s, matrix, shared.q.left(row), shared.k[buffer].right());
-        finish_logits(s, shared.plan, slot, planner.guard(), is_rim, scale, table);
+        finish_logits(s, shared.plan, slot, is_rim, scale, table);
         softmax.add(s, out, scale.factor());
         multiply_weights<Element, kDim>(out, matrix, s, shared.v[buffer].right_transposed());
       });

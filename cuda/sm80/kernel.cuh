@@ -57,24 +57,23 @@ __device__ inline const float* table_of(const Tensor<const float>& tables, int64
 }
 
 // Visits all tiles of columns: load(buffer, slot) starts to copy the tile that is planned in the
-// slot, while compute(buffer, slot, is_rim) works on the one before, in
-// the warps whose rows see it or in all. Copies begun earlier are there
+// slot, while compute(buffer, slot, is_rim) works on the one before. Copies begun earlier are there
 // at the first compute. Warps may be a tile apart, so that a third slot is planned while two are
 // read.
-template <bool kForAllWarps = false, typename Planner, typename Load, typename Compute>
-__device__ void for_each_tile(Planner& planner, Load&& load, Compute&& compute) {
-  const int tiles = planner.tiles();
-  bool is_rim = __syncthreads_or(planner.advance(0));
+template <typename Plan, typename Load, typename Compute>
+__device__ void for_each_tile(Plan& plan, Load&& load, Compute&& compute) {
+  const int tiles = plan.tiles();
+  bool is_rim = __syncthreads_or(plan.advance(0));
   if (tiles > 0) load(0, 0);
   commit_copies();
   for (int i = 0; i < tiles; ++i) {
     const bool goes_on = i + 1 < tiles;
-    const bool next = goes_on && planner.advance((i + 1) % kSlots);
+    const bool next = goes_on && plan.advance((i + 1) % kSlots);
     wait_for_copies();
     const bool next_is_rim = __syncthreads_or(next);
     if (goes_on) load((i + 1) % 2, (i + 1) % kSlots);
     commit_copies();
-    if (kForAllWarps || planner.warp_sees(i)) compute(i % 2, i % kSlots, is_rim);
+    compute(i % 2, i % kSlots, is_rim);
     is_rim = next_is_rim;
   }
   if (tiles > 0) return;

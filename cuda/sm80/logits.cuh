@@ -55,7 +55,8 @@ __device__ inline int column_of(int n) { return n * 8 + lane() % 4 * 2; }
 // Adds table entries, `weight` times each, where the row sees the column.
 template <int kBlocks, int kTiles, int kRows, int kColumns>
 __device__ void add_bias(Results<kBlocks, kTiles>& s, const Plan<kRows, kColumns>& plan, int slot,
-                         uint32_t guard, const float* table, float weight) {
+                         const float* table, float weight) {
+  const uint32_t guard = plan.list.guard;
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
@@ -73,13 +74,13 @@ __device__ void add_bias(Results<kBlocks, kTiles>& s, const Plan<kRows, kColumns
 // Products become logits. `is_rim`: some row does not see some column.
 template <int kBlocks, int kTiles, int kRows, int kColumns>
 __device__ void finish_logits(Results<kBlocks, kTiles>& s, const Plan<kRows, kColumns>& plan,
-                              int slot, uint32_t guard, bool is_rim, const LogitScale& scale,
-                              const float* table) {
+                              int slot, bool is_rim, const LogitScale& scale, const float* table) {
   if (scale.is_applied_first) {
     s.scale(scale.scale);
-    if (table != nullptr) add_bias(s, plan, slot, guard, table, kLog2E);
+    if (table != nullptr) add_bias(s, plan, slot, table, kLog2E);
   }
   if (!is_rim) return;
+  const uint32_t guard = plan.list.guard;
   RowSpan span[kBlocks][2];
 #pragma unroll
   for (int i = 0; i < kBlocks * 2; ++i)

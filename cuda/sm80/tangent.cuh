@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
   Shared& shared = shared_memory<Shared>();
   const TileIndex tile = tile_index<Side::kQueries>(p, tiling, blockIdx.x);
   const int64_t sample = tile.sample;
-  Planner<Family::kFused, Side::kQueries, kRows, kColumns> planner(shared.plan, p, tiling, tile);
+  make_plan<Family::kFused, Side::kQueries>(shared.plan, p, tiling, tile);
   const float* table = table_of(arrays.bias, sample, tile.head);
   const float* table_tangent = table_of(arrays.dbias, sample, tile.head);
   const LogitScale scale(p.scale, arrays.has_bias());
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
   out.clear();
   changed.clear();
   for_each_tile(
-      planner,
+      shared.plan,
       [&](int buffer, int slot) {
         const int32_t* columns = shared.plan.column[slot];
         load_rows<kDim, kColumns>(shared.k[buffer].x, rows_of(arrays.k, sample), columns, dim);
@@ -64,10 +64,10 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
         multiply_rows<Element, kDim>(s, matrix, q, k);
         multiply_rows<Element, kDim>(ds, matrix, shared.dq.left(row), k);
         multiply_rows<Element, kDim>(ds, matrix, q, shared.dk[buffer].right());
-        finish_logits(s, shared.plan, slot, planner.guard(), is_rim, scale, table);
+        finish_logits(s, shared.plan, slot, is_rim, scale, table);
         ds.scale(static_cast<float>(p.scale));
         if (table_tangent != nullptr) {
-          add_bias(ds, shared.plan, slot, planner.guard(), table_tangent, 1);
+          add_bias(ds, shared.plan, slot, table_tangent, 1);
         }
 #pragma unroll
         for (int n = 0; n < kColumns / 8; ++n) {

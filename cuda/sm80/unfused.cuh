@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   constexpr int kPitchOfProduct = kPitch<Element, kColumns>;
   Shared& shared = shared_memory<Shared>();
   const TileIndex tile = tile_index<Side::kQueries>(p, tiling, blockIdx.x);
-  Planner<Family::kUnfused, Side::kQueries, kRows, kColumns> planner(shared.plan, p, tiling, tile);
+  make_plan<Family::kUnfused, Side::kQueries>(shared.plan, p, tiling, tile);
   const Element* keys = rows_of(arrays.key, tile.sample);
   Element* attn = rows_of(arrays.attn, tile.sample);
   const Matrix<Element> matrix(p.tf32);
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
   __syncwarp();
   for_each_tile(
-      planner,
+      shared.plan,
       [&](int buffer, int slot) {
         load_rows<kDim, kColumns>(shared.key[buffer].x, keys, shared.plan.column[slot], dim);
       },
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads, 4)
           const RowSpan span = shared.plan.span[i];
           Element* slots_of_row = attn + shared.plan.row[i] * slots + shared.plan.row_entry[i];
           for (int c = lane(); c < kColumns; c += kWarp) {
-            if (sees(span, shared.plan.place[slot][c], planner.guard())) {
+            if (sees(span, shared.plan.place[slot][c], shared.plan.list.guard)) {
               slots_of_row[shared.plan.column_entry[slot][c]] =
                   shared.product.x[i * kPitchOfProduct + c];
             }
@@ -86,7 +86,8 @@ struct WeightedShared {
 // The weights of a tile's pairs. Rows of attn are those of the queries.
 template <Side kSide, typename Element, int kTiles, int kRows, int kColumns>
 __device__ void gather_weights(Results<1, kTiles>& w, const Element* attn, int64_t slots,
-                               const Plan<kRows, kColumns>& plan, int slot, uint32_t guard) {
+                               const Plan<kRows, kColumns>& plan, int slot) {
+  const uint32_t guard = plan.list.guard;
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
@@ -108,26 +109,24 @@ __device__ void sum_weighted(const Tensor<Element>& out, const Tensor<const Elem
                              const Tensor<const Element>& x, const Problem<kAxes>& p,
                              const Tiling& tiling) {
   using Shared = WeightedShared<Element, kDim>;
-  constexpr int kRows = Shared::kRows, kColumns = Shared::kColumns;
+  constexpr int kColumns = Shared::kColumns;
   Shared& shared = shared_memory<Shared>();
   const TileIndex tile = tile_index<kSide>(p, tiling, blockIdx.x);
-  Planner<Family::kUnfused, kSide, kRows, kColumns> planner(shared.plan, p, tiling, tile,
-                                                            shared.starts);
+  make_plan<Family::kUnfused, kSide>(shared.plan, p, tiling, tile, shared.starts);
   const Matrix<Element> matrix(p.tf32);
   const int length = static_cast<int>(p.value_dim), row = first_row<1>();
   const int64_t slots = p.slots();
   Results<1, kDim / 8> sum;
   sum.clear();
   for_each_tile(
-      planner,
+      shared.plan,
       [&](int buffer, int slot) {
         load_rows<kDim, kColumns>(shared.x[buffer].x, rows_of(x, tile.sample),
                                   shared.plan.column[slot], length);
       },
       [&](int buffer, int slot, bool) {
         Results<1, kColumns / 8> w;
-        gather_weights<kSide>(w, rows_of(attn, tile.sample), slots, shared.plan, slot,
-                              planner.guard());
+        gather_weights<kSide>(w, rows_of(attn, tile.sample), slots, shared.plan, slot);
         multiply_weights<Element, kDim>(sum, matrix, w, shared.x[buffer].right_transposed());
       });
   store_rows<kDim>(rows_of(out, tile.sample), shared.plan.row + row, 0, length,
