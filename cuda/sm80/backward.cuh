@@ -21,6 +21,33 @@ struct BackwardQueriesShared {
   float delta[kRows];
 };
 
+// The lane's share of a product of two rows, which kLanes lanes have together.
+template <int kUnits, int kLanes, typename Element>
+__device__ float product_share(const Element* a, const Element* b, int length) {
+  const int own = lane() % kLanes;
+  float product = 0;
+  if (has_whole_units<Element>(length)) {
+#pragma unroll
+    for (int u = own; u < kUnits; u += kLanes) {
+      if (u * kUnit<Element> >= length) continue;
+      uint4 x[2] = {__ldg(reinterpret_cast<const uint4*>(a) + u),
+                    __ldg(reinterpret_cast<const uint4*>(b) + u)};
+      const auto* x_element = reinterpret_cast<const Element*>(&x[0]);
+      const auto* y_element = reinterpret_cast<const Element*>(&x[1]);
+#pragma unroll
+      for (int e = 0; e < kUnit<Element>; ++e) {
+        product += device::widen(x_element[e]) * device::widen(y_element[e]);
+      }
+    }
+  } else {
+#pragma unroll 1
+    for (int e = own; e < length; e += kLanes) {
+      product += device::widen(a[e]) * device::widen(b[e]);
+    }
+  }
+  return product;
+}
+
 // delta of the tile's queries, into shared memory and the array.
 template <int kDim, typename Element, int kRows>
 __device__ void find_delta(float (&delta)[kRows], const int32_t (&rows)[kRows],
@@ -28,25 +55,16 @@ __device__ void find_delta(float (&delta)[kRows], const int32_t (&rows)[kRows],
   constexpr int kUnits = kDim / kUnit<Element>;
   constexpr int kLanes = kUnits < kWarp ? kUnits : kWarp;  // for a row
   const auto thread = static_cast<int>(threadIdx.x);
-#pragma unroll
-  for (int i = 0; i < kRows; i += kThreads / kLanes) {
-    const int row = i + thread / kLanes;
-    float product = 0;
-#pragma unroll
-    for (int u = 0; u < kUnits; u += kLanes) {
-      const int begin = (u + thread % kLanes) * kUnit<Element>;
-      const auto out = load_unit(rows_of(arrays.out, sample), rows[row], begin, length);
-      const auto ct = load_unit(rows_of(arrays.ct_out, sample), rows[row], begin, length);
-#pragma unroll
-      for (int e = 0; e < kUnit<Element>; ++e) {
-        product += device::widen(out.element[e]) * device::widen(ct.element[e]);
-      }
-    }
+#pragma unroll 4
+  for (int i = thread / kLanes; i < kRows; i += kThreads / kLanes) {
+    const int64_t at = static_cast<int64_t>(max(rows[i], 0)) * length;
+    float product = product_share<kUnits, kLanes>(rows_of(arrays.out, sample) + at,
+                                                  rows_of(arrays.ct_out, sample) + at, length);
 #pragma unroll
     for (int offset = kLanes / 2; offset > 0; offset /= 2) {
       product += __shfl_xor_sync(kAllLanes, product, offset);
     }
-    if (thread % kLanes == 0) delta[row] = product;
+    if (thread % kLanes == 0) delta[i] = product;
   }
   __syncthreads();
   if (thread >= kRows || rows[thread] == kNoRow) return;
@@ -108,7 +126,7 @@ __global__ void __launch_bounds__(kThreads, kDim* kRows <= 64 * 64 ? 3 : 2)
   const int64_t sample = tile.sample;
   make_plan<Family::kFused, Side::kQueries>(shared.plan, p, tiling, tile);
   const float* table = table_of(arrays.bias, sample, tile.head);
-  const LogitScale scale(p.scale, arrays.has_bias());
+  const LogitScale scale(tiling.scale, arrays.has_bias());
   const Matrix<Element> matrix(p.tf32);
   const int dim = static_cast<int>(p.dim), value_dim = static_cast<int>(p.value_dim);
   const int row = first_row<kBlocks>();
@@ -134,7 +152,7 @@ __global__ void __launch_bounds__(kThreads, kDim* kRows <= 64 * 64 ? 3 : 2)
         multiply_weights<Element, kDim>(dq, matrix, ds, shared.k[buffer].right_transposed());
       });
 
-  dq.scale(static_cast<float>(p.scale));
+  dq.scale(tiling.scale);
   store_rows<kDim>(rows_of(arrays.dq, sample), shared.plan.row + row, 0, dim,
                    shared.q.x + row * kPitch<Element, kDim>, dq);
 }
@@ -175,7 +193,7 @@ __global__ void __launch_bounds__(kThreads, kDim* kRows <= 64 * 64 ? 3 : 2)
   const int64_t sample = tile.sample;
   make_plan<Family::kFused, Side::kKeys>(shared.plan, p, tiling, tile);
   const float* table = table_of(arrays.bias, sample, tile.head * p.group());
-  const LogitScale scale(p.scale, arrays.has_bias());
+  const LogitScale scale(tiling.scale, arrays.has_bias());
   const Matrix<Element> matrix(p.tf32);
   const int dim = static_cast<int>(p.dim), value_dim = static_cast<int>(p.value_dim);
   const int row = first_row<kBlocks>(), begin = static_cast<int>(blockIdx.y) * kOut;
@@ -221,7 +239,7 @@ __global__ void __launch_bounds__(kThreads, kDim* kRows <= 64 * 64 ? 3 : 2)
         multiply_weights<Element, kDim>(dk, matrix, ds, shared.q[buffer].right_transposed(begin));
       });
 
-  dk.scale(static_cast<float>(p.scale));
+  dk.scale(tiling.scale);
   store_rows<kDim>(rows_of(arrays.dk, sample), shared.plan.row + row, begin, dim,
                    shared.k.x + row * kPitch<Element, kDim>, dk);
   store_rows<kDim>(rows_of(arrays.dv, sample), shared.plan.row + row, begin, value_dim,
@@ -262,7 +280,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const auto entries = static_cast<int>(p.biases());
   const int warp = static_cast<int>(threadIdx.x) / kWarp, turns = kWarps / copies;
   float* copy = shared.tables + warp / turns * entries;
-  const LogitScale scale(p.scale, true);
+  const LogitScale scale(tiling.scale, true);
   const Matrix<Element> matrix(p.tf32);
   const int dim = static_cast<int>(p.dim), value_dim = static_cast<int>(p.value_dim);
 

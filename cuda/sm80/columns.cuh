@@ -16,14 +16,30 @@ struct RowSpan {
 
 // Whether a column lies in a row's interval; `guard` has all guard bits.
 __device__ inline bool sees(RowSpan row, uint32_t place, uint32_t guard) {
-  return ((place - row.low) & (row.high - place) & guard) == guard;
+  return (~((place - row.low) & (row.high - place)) & guard) == 0;
 }
 
-// A column of the list.
+// What a column is known by.
+struct Column {
+  int32_t row;     // number of its row in the arrays
+  uint32_t place;  // see ColumnList
+  int32_t entry;   // its share of the entry of a pair, see Plan
+
+  __device__ void add(const Column& step) {
+    row += step.row;
+    place += step.place;
+    entry += step.entry;
+  }
+  __device__ Column operator*(int times) const {
+    return {row * times, place * static_cast<uint32_t>(times), entry * times};
+  }
+};
+
+// A column of the list, and where it is in the box.
 struct Cursor {
+  Column column;
   int number;
-  int at[kAxes];  // in the box
-  int of_group;   // which of the heads
+  int at[kAxes];
 };
 
 // Positions in the box, counted from 1, are packed into one word, a place, each with a guard bit
@@ -31,75 +47,57 @@ struct Cursor {
 // so that one word tells whether a column lies in a row's interval on all axes. A row's high is
 // stored with two guards more, one for the place to take away and one to stay.
 struct ColumnList {
-  int size;             // columns of all heads
-  int count[kAxes];     // of the box
-  int shift[kAxes];     // of the field in a place
-  uint32_t guard;       // all guard bits
-  RowSpan inner;        // what all rows see
-  int first;            // token of the box's first position
-  int token[kAxes];     // tokens from a position to the next
-  int token_rows;       // rows of the array from a token to the next
-  int first_head;       // the number of its first row
-  int head_rows;        // rows from a head to the next
-  int entry[kAxes];     // entries from a position to the next, see Plan
-  int head_entries;     // from a head to the next
-  const int* starts;    // entries of the positions of all axes, where they are not evenly spaced
-  int step[kAxes + 1];  // from a column to the one so many further that a tile has; last the heads'
+  int size;           // columns of all heads
+  int count[kAxes];   // of the box
+  uint32_t guard;     // all guard bits
+  RowSpan inner;      // what all rows see
+  Column first;       // of the list
+  Column one[kAxes];  // from a position to the next
+  Column head;        // from a head to the next
+  // From a column to the one so many further that a tile has: how far on every axis, and what that
+  // adds; and what is added besides where an axis runs over and the one before it goes on.
+  int step_at[kAxes];
+  Column step;
+  Column carry[kAxes];
 
-  // Sets step to that of so many columns.
+  // Sets the step to that of so many columns.
   __device__ void set_step(int columns) {
-    for (int a = kAxes - 1; a >= 0; --a) {
-      step[a] = columns % max(count[a], 1);
-      columns /= max(count[a], 1);
+    const Cursor cursor = at(columns);
+    step = cursor.column;
+    step.add(first * -1);
+    for (int a = 0; a < kAxes; ++a) {
+      step_at[a] = cursor.at[a];
+      carry[a] = a == 0 ? head : one[a - 1];
+      carry[a].add(one[a] * -count[a]);
     }
-    step[kAxes] = columns;
   }
 
-  __device__ Cursor column(int number) const {
-    Cursor result;
-    result.number = number;
+  __device__ Cursor at(int number) const {
+    Cursor result{first, number, {}};
     int rest = number;
     for (int a = kAxes - 1; a >= 0; --a) {
       result.at[a] = rest % max(count[a], 1);
       rest /= max(count[a], 1);
+      result.column.add(one[a] * result.at[a]);
     }
-    result.of_group = rest;
+    result.column.add(head * rest);
     return result;
   }
 
+  // Goes on by the step.
   __device__ void advance(Cursor& cursor, int columns) const {
     cursor.number += columns;
-    int carry = 0;
+    cursor.column.add(step);
+    int over = 0;
+#pragma unroll
     for (int a = kAxes - 1; a >= 0; --a) {
-      const int next = cursor.at[a] + step[a] + carry;
-      carry = next >= count[a];
-      cursor.at[a] = carry == 0 ? next : next - count[a];
+      cursor.at[a] += step_at[a] + over;
+      over = cursor.at[a] >= count[a];
+      if (over != 0) {
+        cursor.at[a] -= count[a];
+        cursor.column.add(carry[a]);
+      }
     }
-    cursor.of_group += step[kAxes] + carry;
-  }
-
-  __device__ bool has(const Cursor& cursor) const { return cursor.number < size; }
-
-  __device__ uint32_t place(const Cursor& cursor) const {
-    uint32_t result = guard;
-    for (int a = 0; a < kAxes; ++a) {
-      result += static_cast<uint32_t>(cursor.at[a] + 1) << shift[a];
-    }
-    return result;
-  }
-
-  __device__ int32_t row(const Cursor& cursor) const {
-    int result = first;
-    for (int a = 0; a < kAxes; ++a) result += cursor.at[a] * token[a];
-    return result * token_rows + first_head + cursor.of_group * head_rows;
-  }
-
-  __device__ int entry_of(const Cursor& cursor) const {
-    int result = cursor.of_group * head_entries;
-    for (int a = 0, begin = 0; a < kAxes; begin += count[a++]) {
-      result += starts == nullptr ? cursor.at[a] * entry[a] : starts[begin + cursor.at[a]];
-    }
-    return result;
   }
 };
 

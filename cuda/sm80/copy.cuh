@@ -14,7 +14,7 @@ namespace jax_natten::sm80 {
 inline constexpr int kThreads = 128;  // of a block: four warps
 inline constexpr int kNoRow = -1;
 
-// Zeros where `exists` is false.
+// Zeros where `exists` is false; then nothing is read.
 template <int kBytes>
 __device__ void copy_async(uint32_t to, const void* from, bool exists) {
   const int bytes = exists ? kBytes : 0;
@@ -37,51 +37,48 @@ __device__ bool has_whole_units(int length) {
   return length % kUnit<Element> == 0;
 }
 
-// Elements of a unit, as they lie in memory.
-template <typename Element>
-union Unit {
-  uint4 words;
-  Element element[kUnit<Element>];
+// Neighboring numbers of rows, read at once.
+template <int kCount>
+struct alignas(kCount % 4 == 0 ? 16 : 4 * kCount) RowNumbers {
+  int32_t x[kCount];
 };
-
-// The unit of a row that begins at element `begin`; zeros where nothing is.
-template <typename Element>
-__device__ Unit<Element> load_unit(const Element* rows, int32_t row, int begin, int length) {
-  Unit<Element> unit{};
-  if (row == kNoRow) return unit;
-  const Element* first = rows + static_cast<int64_t>(row) * length + begin;
-  if (has_whole_units<Element>(length)) {
-    if (begin < length) unit.words = __ldg(reinterpret_cast<const uint4*>(first));
-  } else {
-    for (int e = 0; e < kUnit<Element> && begin + e < length; ++e) unit.element[e] = first[e];
-  }
-  return unit;
-}
 
 // Starts copying kCount rows, given by their numbers, into rows of kDim elements; what does not
 // exist becomes 0.
 template <int kDim, int kCount, typename Element>
 __device__ void load_rows(Element* to, const Element* from, const int32_t* rows, int length) {
   constexpr int kUnits = kDim / kUnit<Element>;
-  constexpr int kStep = kThreads / kUnits;
-  static_assert(kThreads % kUnits == 0 && kCount % kStep == 0);
-  const int unit = threadIdx.x % kUnits, begin = unit * kUnit<Element>;
-  const int first = threadIdx.x / kUnits;
-  const uint32_t address = shared_address(to + first * kPitch<Element, kDim> + begin);
-  const Element* column = from + begin;
+  constexpr int kOwn = kCount * kUnits / kThreads;  // rows of a thread, which follow each other
+  static_assert(kOwn * kThreads == kCount * kUnits);
+  const int begin = static_cast<int>(threadIdx.x) % kUnits * kUnit<Element>;
+  const int first = static_cast<int>(threadIdx.x) / kUnits * kOwn;
+  Element* own = to + first * kPitch<Element, kDim> + begin;
+  const auto numbers = *reinterpret_cast<const RowNumbers<kOwn>*>(rows + first);
+  const int row_bytes = length * static_cast<int>(sizeof(Element));
+  const char* column = reinterpret_cast<const char*>(from + begin);
   if (has_whole_units<Element>(length)) {
     const bool inside = begin < length;
+    const uint32_t address = shared_address(own);
 #pragma unroll
-    for (int i = 0; i < kCount; i += kStep) {
-      const int32_t row = rows[first + i];
-      const bool exists = inside && row != kNoRow;
+    for (int i = 0; i < kOwn; ++i) {
+      const int32_t row = numbers.x[i];
       copy_async<kUnitBytes>(address + i * LaneOffset<Element, kDim>::kRowBytes,
-                             column + (exists ? static_cast<int64_t>(row) * length : 0), exists);
+                             column + static_cast<int64_t>(row) * row_bytes,
+                             inside && row != kNoRow);
     }
-  } else {
-    for (int i = 0; i < kCount; i += kStep) {
-      *reinterpret_cast<uint4*>(to + (first + i) * kPitch<Element, kDim> + begin) =
-          load_unit(from, rows[first + i], begin, length).words;
+    return;
+  }
+  // Seldom; as little code as possible, so that it does not crowd the instruction cache.
+#pragma unroll 1
+  for (int i = 0; i < kOwn; ++i) {
+    const int32_t row = rows[first + i];
+#pragma unroll 1
+    for (int e = 0; e < kUnit<Element>; ++e) {
+      Element value{};
+      if (row != kNoRow && begin + e < length) {
+        value = from[static_cast<int64_t>(row) * length + begin + e];
+      }
+      own[i * kPitch<Element, kDim> + e] = value;
     }
   }
 }
@@ -119,21 +116,23 @@ __device__ void store_rows(Element* to, const int32_t* rows, int begin, int leng
                            Element* staging, const Results<kBlocks, kTiles>& results) {
   constexpr int kLength = kPitch<Element, kDim>;
   stage_rows<kDim>(staging, results);
-  constexpr int kUnits = kTiles * 8 / kUnit<Element>;
-  const bool whole = has_whole_units<Element>(length);
-  for (int i = lane(); i < kBlocks * 16 * kUnits; i += kWarp) {
-    const int at = begin + i % kUnits * kUnit<Element>;
-    const int32_t row = rows[i / kUnits];
-    if (row == kNoRow || at >= length) continue;
-    Unit<Element> unit;
-    unit.words = *reinterpret_cast<const uint4*>(staging + i / kUnits * kLength +
-                                                 i % kUnits * kUnit<Element>);
-    Element* target = to + static_cast<int64_t>(row) * length + at;
-    if (whole) {
-      *reinterpret_cast<uint4*>(target) = unit.words;
-    } else {
-      for (int e = 0; e < kUnit<Element> && at + e < length; ++e) target[e] = unit.element[e];
+  if (has_whole_units<Element>(length)) {
+    constexpr int kUnits = kTiles * 8 / kUnit<Element>;
+    for (int i = lane(); i < kBlocks * 16 * kUnits; i += kWarp) {
+      const int32_t row = rows[i / kUnits];
+      const int at = i % kUnits * kUnit<Element>;
+      if (row == kNoRow || begin + at >= length) continue;
+      *reinterpret_cast<uint4*>(to + static_cast<int64_t>(row) * length + begin + at) =
+          *reinterpret_cast<const uint4*>(staging + i / kUnits * kLength + at);
     }
+    return;
+  }
+#pragma unroll 1
+  for (int i = lane(); i < kBlocks * 16 * kTiles * 8; i += kWarp) {
+    const int32_t row = rows[i / (kTiles * 8)];
+    const int at = i % (kTiles * 8);
+    if (row == kNoRow || begin + at >= length) continue;
+    to[static_cast<int64_t>(row) * length + begin + at] = staging[i / (kTiles * 8) * kLength + at];
   }
 }
 

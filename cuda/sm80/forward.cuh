@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 && kRows == 64 ? 4 : 2)
   const Element* k_rows = rows_of(arrays.k, sample);
   const Element* v_rows = rows_of(arrays.v, sample);
   const float* table = table_of(arrays.bias, sample, tile.head);
-  const LogitScale scale(p.scale, arrays.has_bias());
+  const LogitScale scale(tiling.scale, arrays.has_bias());
   const Matrix<Element> matrix(p.tf32);
   const int dim = static_cast<int>(p.dim), value_dim = static_cast<int>(p.value_dim);
   const int row = first_row<kBlocks>();

@@ -60,15 +60,15 @@ __device__ inline const float* table_of(const Tensor<const float>& tables, int64
 // slot, while compute(buffer, slot, is_rim) works on the one before. Copies begun earlier are there
 // at the first compute. Warps may be a tile apart, so that a third slot is planned while two are
 // read.
-template <typename Plan, typename Load, typename Compute>
+template <bool kHasStarts = false, typename Plan, typename Load, typename Compute>
 __device__ void for_each_tile(Plan& plan, Load&& load, Compute&& compute) {
   const int tiles = plan.tiles();
-  bool is_rim = __syncthreads_or(plan.advance(0));
+  bool is_rim = __syncthreads_or(plan.template advance<kHasStarts>(0));
   if (tiles > 0) load(0, 0);
   commit_copies();
   for (int i = 0; i < tiles; ++i) {
     const bool goes_on = i + 1 < tiles;
-    const bool next = goes_on && plan.advance((i + 1) % kSlots);
+    const bool next = goes_on && plan.template advance<kHasStarts>((i + 1) % kSlots);
     wait_for_copies();
     const bool next_is_rim = __syncthreads_or(next);
     if (goes_on) load((i + 1) % 2, (i + 1) % kSlots);

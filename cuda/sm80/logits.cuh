@@ -22,13 +22,13 @@ __device__ inline float exp2_of(float x) {
   return result;
 }
 
-// What the factor of logits is, and whether it was applied already.
+// What the factor of logits is, and whether it is applied first.
 struct LogitScale {
   float scale;
   bool is_applied_first;
 
-  __device__ LogitScale(double scale, bool has_bias)
-      : scale(static_cast<float>(scale) * kLog2E), is_applied_first(has_bias || !(scale > 0)) {}
+  __device__ LogitScale(float scale, bool has_bias)
+      : scale(scale * kLog2E), is_applied_first(has_bias || !(scale > 0)) {}
 
   __device__ float factor() const { return is_applied_first ? 1.f : scale; }
 };

@@ -65,33 +65,45 @@ inline constexpr int kSlots = 3;  // planned tiles of columns
 // The plan, in shared memory.
 template <int kRows, int kColumns>
 struct Plan {
-  int32_t row[kRows];  // number of its row in the arrays, or kNoRow
+  alignas(16) int32_t row[kRows];  // number of its row in the arrays, or kNoRow
   RowSpan span[kRows];
   int32_t row_entry[kRows];  // its share of the entry of a pair
   int seen[kRows];           // how many columns it sees
   ColumnList list;
-  Cursor next[kColumns];  // columns of the next tile
+  Cursor next[kColumns];  // of the next tile
   // Of the columns of several tiles in turn.
-  int32_t column[kSlots][kColumns];
-  uint32_t place[kSlots][kColumns];
+  alignas(16) int32_t column[kSlots][kColumns];
+  alignas(16) uint32_t place[kSlots][kColumns];
   int32_t column_entry[kSlots][kColumns];
   // Over the rows, on each axis: the least begin, the largest end, and what all rows see.
   Span box[kAxes];
   Span inner[kAxes];
+  // Where columns are not evenly spaced in their entries: the shares of an axis' positions.
+  const int* starts;
 
   __device__ int tiles() const { return (list.size + kColumns - 1) / kColumns; }
 
   // Plans the next tile of columns in a slot. True where the thread's column is not one that all
   // rows see.
+  template <bool kHasStarts>
   __device__ bool advance(int slot) {
     const int thread = static_cast<int>(threadIdx.x);
     if (thread >= kColumns) return false;
     Cursor cursor = next[thread];
-    const bool exists = list.has(cursor);
-    const uint32_t here = exists ? list.place(cursor) : list.guard;
+    const bool exists = cursor.number < list.size;
+    const uint32_t here = exists ? cursor.column.place : list.guard;
     place[slot][thread] = here;
-    column[slot][thread] = exists ? list.row(cursor) : kNoRow;
-    if (exists) column_entry[slot][thread] = list.entry_of(cursor);
+    column[slot][thread] = exists ? cursor.column.row : kNoRow;
+    column_entry[slot][thread] = cursor.column.entry;
+    if constexpr (kHasStarts) {
+      if (exists) {
+        int entry = 0;
+        for (int a = 0, begin = 0; a < kAxes; begin += list.count[a++]) {
+          entry += starts[begin + cursor.at[a]];
+        }
+        column_entry[slot][thread] = entry;
+      }
+    }
     list.advance(cursor, kColumns);
     next[thread] = cursor;
     return !sees(list.inner, here, list.guard);
@@ -176,30 +188,29 @@ __device__ void make_plan(Plan<kRows, kColumns>& plan, const Problem<kAxes>& pro
 
   ColumnList list;
   list.size = 1;
-  list.first = 0;
   list.guard = 0;
+  list.inner = {0, 0};
   int64_t tokens = 1, entry = 1;
-  int64_t row_entry = 0;
+  int64_t first = 0, row_entry = 0;
   uint32_t fields = 0;
   RowSpan row_span = {0, 0};
-  list.inner = {0, 0};
   for (int a = kAxes - 1; a >= 0; --a) {
     const AxisWindow& window = problem.window[a];
     const Span box = plan.box[a], inner = plan.inner[a];
     const int count = box.begin == INT_MAX ? 0 : box.count();
     list.count[a] = count;
     list.size *= count;
-    list.token[a] = static_cast<int>(tokens * window.dilation);
-    list.first += static_cast<int>(tokens * (box.begin * window.dilation + origin[a]));
+    list.one[a].row = static_cast<int>(tokens * window.dilation);
+    first += tokens * (box.begin * window.dilation + origin[a]);
     tokens *= columns_along<kSide>(problem, a);
 
-    list.entry[a] = static_cast<int>(kRowsAreKeys ? -entry : entry);
+    list.one[a].entry = static_cast<int>(kRowsAreKeys ? -entry : entry);
     const int64_t steps = int64_t{box.begin} - reference[a];
     row_entry += (kRowsAreKeys ? -steps : steps) * entry;
     entry *= kIsFused ? 2 * window.kernel_size - 1 : window.kernel_size;
 
     const auto shift = fields;
-    list.shift[a] = static_cast<int>(shift);
+    list.one[a].place = 1u << shift;
     fields += 33 - __clz(count + 1);
     list.guard |= 1u << (fields - 1);
     // An interval that nothing is in: from count + 1 to 0.
@@ -228,11 +239,16 @@ __device__ void make_plan(Plan<kRows, kColumns>& plan, const Problem<kAxes>& pro
   const int64_t first_head = kRowsAreKeys ? tile.head * group : tile.head / group;
   if constexpr (kRowsAreKeys) list.size *= static_cast<int>(group);
   const int64_t heads = kRowsAreKeys ? problem.heads : problem.heads_kv;
-  list.token_rows = kIsFused ? static_cast<int>(heads) : 1;
-  list.head_rows = kIsFused ? 1 : static_cast<int>(tokens);
-  list.first_head = static_cast<int>(first_head) * list.head_rows;
-  list.head_entries = kIsFused ? static_cast<int>(entry) : 0;
-  list.starts = kHasStarts ? starts : nullptr;
+  const auto token_rows = static_cast<int>(kIsFused ? heads : 1);
+  const auto head_rows = static_cast<int>(kIsFused ? 1 : tokens);
+  uint32_t first_place = list.guard;
+  for (Column& one : list.one) {
+    one.row *= token_rows;
+    first_place += one.place;
+  }
+  list.head = {head_rows, 0, static_cast<int>(kIsFused ? entry : 0)};
+  list.first = {static_cast<int>(first) * token_rows + static_cast<int>(first_head) * head_rows,
+                first_place, 0};
   list.set_step(kColumns);
   if constexpr (kHasStarts) {
     for (int a = 0, begin = 0; a < kAxes; begin += list.count[a++]) {
@@ -240,12 +256,15 @@ __device__ void make_plan(Plan<kRows, kColumns>& plan, const Problem<kAxes>& pro
         const int position = plan.box[a].begin;
         const int64_t start =
             geometry::window_of(problem.window[a], location[a].length, position + i).begin;
-        starts[begin + i] = static_cast<int>(start - position) * list.entry[a];
+        starts[begin + i] = static_cast<int>(start - position) * list.one[a].entry;
       }
     }
   }
-  if (thread < kColumns) plan.next[thread] = list.column(thread);
-  if (thread == 0) plan.list = list;
+  if (thread < kColumns) plan.next[thread] = list.at(thread);
+  if (thread == 0) {
+    plan.list = list;
+    plan.starts = starts;
+  }
   __syncthreads();
 }
 

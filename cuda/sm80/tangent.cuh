@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
   make_plan<Family::kFused, Side::kQueries>(shared.plan, p, tiling, tile);
   const float* table = table_of(arrays.bias, sample, tile.head);
   const float* table_tangent = table_of(arrays.dbias, sample, tile.head);
-  const LogitScale scale(p.scale, arrays.has_bias());
+  const LogitScale scale(tiling.scale, arrays.has_bias());
   const Matrix<Element> matrix(p.tf32);
   const int dim = static_cast<int>(p.dim), value_dim = static_cast<int>(p.value_dim);
   const int row = first_row<1>(), begin = static_cast<int>(blockIdx.y) * kOut;
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
         multiply_rows<Element, kDim>(ds, matrix, shared.dq.left(row), k);
         multiply_rows<Element, kDim>(ds, matrix, q, shared.dk[buffer].right());
         finish_logits(s, shared.plan, slot, is_rim, scale, table);
-        ds.scale(static_cast<float>(p.scale));
+        ds.scale(tiling.scale);
         if (table_tangent != nullptr) {
           add_bias(ds, shared.plan, slot, table_tangent, 1);
         }

@@ -19,6 +19,7 @@ inline constexpr int kAxes = 3;
 
 struct Tiling {
   int rank;             // axes that the frame has
+  float scale;          // of the logits, in single precision
   int log_size[kAxes];  // of a tile, in positions
   int tiles[kAxes];     // along a dilation group
   int64_t pairs;        // visited by all tiles of a head, about
@@ -98,10 +99,11 @@ template <Side kRows>
 Tiling choose_tiling(const Problem<kAxes>& problem, int rank, int tokens, int unit) {
   int log_rows = 0;
   while (1 << log_rows < tokens) ++log_rows;
-  Tiling best{rank, {}, {}, -1};
+  const auto scale = static_cast<float>(problem.scale);
+  Tiling best{rank, scale, {}, {}, -1};
   for (int z = 0; z <= log_rows; ++z) {
     for (int y = 0; y + z <= log_rows; ++y) {
-      Tiling tiling{rank, {z, y, log_rows - y - z}, {}, 0};
+      Tiling tiling{rank, scale, {z, y, log_rows - y - z}, {}, 0};
       int64_t visited = 1, tiles = 1;
       for (int a = 0; a < kAxes; ++a) {
         const AxisWindow& window = problem.window[a];

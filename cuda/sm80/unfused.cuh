@@ -118,7 +118,7 @@ __device__ void sum_weighted(const Tensor<Element>& out, const Tensor<const Elem
   const int64_t slots = p.slots();
   Results<1, kDim / 8> sum;
   sum.clear();
-  for_each_tile(
+  for_each_tile<kSide == Side::kKeys>(
       shared.plan,
       [&](int buffer, int slot) {
         load_rows<kDim, kColumns>(shared.x[buffer].x, rows_of(x, tile.sample),
