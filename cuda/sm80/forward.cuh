@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 && kRows == 64 ? 4 : 2)
   const int dim = static_cast<int>(p.dim), value_dim = static_cast<int>(p.value_dim);
   const int row = first_row<kBlocks>();
 
-  load_rows<kDim, kRows>(shared.q.x, rows_of(arrays.q, sample), shared.plan.row, dim);
+  load_rows<kDim, kRows>(shared.q.x, rows_of(arrays.q, sample), shared.plan.source, dim);
   Softmax<kBlocks> softmax;
   Results<kBlocks, kDim / 8> out;
   out.clear();
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 && kRows == 64 ? 4 : 2)
         Results<kBlocks, kColumns / 8> s;
         s.clear();
         multiply_rows<Element, kDim>(s, matrix, shared.q.left(row), shared.k[buffer].right());
-        finish_logits(s, shared.plan, slot, is_rim, scale, table);
+        finish_logits(s, shared.plan, row, slot, is_rim, scale, table);
         softmax.add(s, out, scale.factor());
         multiply_weights<Element, kDim>(out, matrix, s, shared.v[buffer].right_transposed());
       });
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 && kRows == 64 ? 4 : 2)
     const float total = softmax.row_total(m, r);
     const bool empty = total == 0;
     factor[m][r] = empty ? 0.f : 1 / total;
-    const int32_t number = shared.plan.row[row_of<kBlocks>(m, r)];
+    const int32_t number = shared.plan.row[row_of(row, m, r)];
     if (number != kNoRow && lane() % 4 == 0) {
       lse[number] = empty ? -INFINITY : softmax.largest[m][r] * scale.factor() * kLn2 + logf(total);
     }
@@ -126,25 +126,20 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 && kRows == 64 ? 4 : 2)
                    shared.q.x + row * kPitch<Element, kDim>, out);
 }
 
-template <typename Element, int kDim, int kRows>
-cudaError_t launch_forward(cudaStream_t stream, const ForwardArrays<Element>& arrays,
-                           const Problem<kAxes>& problem, const Tiling& tiling) {
-  return launch_tiles<ForwardShared<Element, kDim, kRows>, Side::kQueries>(
-      stream, forward_kernel<Element, kDim, kRows>, arrays, problem, tiling);
-}
-
 template <typename Element>
 cudaError_t run_operation(cudaStream_t stream, const ForwardArrays<Element>& arrays,
                           const Problem<kAxes>& problem, int rank) {
   return with_dim(geometry::max(problem.dim, problem.value_dim), [&](auto dim) {
     constexpr int kDim = decltype(dim)::value;
-    return with_tiling < ForwardShared<Element, kDim, 64>, ForwardShared<Element, kDim, 128>,
-           Side::kQueries,
-           sizeof(Element) == 2 &&
-               kDim <= 128 > (problem, rank, [&](const Tiling& tiling, auto rows) {
-                 return launch_forward<Element, kDim, decltype(rows)::value>(stream, arrays,
-                                                                             problem, tiling);
-               });
+    constexpr bool kMayBeLarge = sizeof(Element) == 2 && kDim <= 128;
+    using Small = ForwardShared<Element, kDim, 64>;
+    using Large = ForwardShared<Element, kDim, 128>;
+    return with_tiling<Small, Large, Side::kQueries, kMayBeLarge>(
+        problem, rank, [&](const Tiling& tiling, auto rows) {
+          constexpr int kRows = decltype(rows)::value;
+          return launch_tiles<ForwardShared<Element, kDim, kRows>, Side::kQueries>(
+              stream, forward_kernel<Element, kDim, kRows>, arrays, problem, tiling);
+        });
   });
 }
 

@@ -38,15 +38,16 @@ __device__ inline float weight_shift(float lse) {
   return lse == -INFINITY ? INFINITY : lse * kLog2E;
 }
 
-// A warp's rows in the plan: lane l has rows l/4 and l/4 + 8 of each block.
+// The row of the plan that the lane has in block m of the warp's, whose first row is given: of each
+// block it has rows l/4 (r = 0) and l/4 + 8 (r = 1).
+__device__ inline int row_of(int first, int m, int r) {
+  return first + m * 16 + r * 8 + lane() / 4;
+}
+
+// The first row of a warp's blocks where every warp has rows of its own.
 template <int kBlocks>
 __device__ int first_row() {
   return static_cast<int>(threadIdx.x) / kWarp * kBlocks * 16;
-}
-
-template <int kBlocks>
-__device__ int row_of(int m, int r) {
-  return first_row<kBlocks>() + m * 16 + r * 8 + lane() / 4;
 }
 
 // The lane's two columns in tile n of 8.
@@ -54,15 +55,15 @@ __device__ inline int column_of(int n) { return n * 8 + lane() % 4 * 2; }
 
 // Adds table entries, `weight` times each, where the row sees the column.
 template <int kBlocks, int kTiles, int kRows, int kColumns>
-__device__ void add_bias(Results<kBlocks, kTiles>& s, const Plan<kRows, kColumns>& plan, int slot,
-                         const float* table, float weight) {
+__device__ void add_bias(Results<kBlocks, kTiles>& s, const Plan<kRows, kColumns>& plan, int first,
+                         int slot, const float* table, float weight) {
   const uint32_t guard = plan.list.guard;
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
     for (int i = 0; i < kBlocks * 4; ++i) {
       const int m = i / 4, r = i / 2 % 2, e = i % 2;
-      const int row = row_of<kBlocks>(m, r), column = column_of(n) + e;
+      const int row = row_of(first, m, r), column = column_of(n) + e;
       if (sees(plan.span[row], plan.place[slot][column], guard)) {
         s.x[m][n][2 * r + e] +=
             weight * __ldg(table + plan.row_entry[row] + plan.column_entry[slot][column]);
@@ -74,17 +75,17 @@ __device__ void add_bias(Results<kBlocks, kTiles>& s, const Plan<kRows, kColumns
 // Products become logits. `is_rim`: some row does not see some column.
 template <int kBlocks, int kTiles, int kRows, int kColumns>
 __device__ void finish_logits(Results<kBlocks, kTiles>& s, const Plan<kRows, kColumns>& plan,
-                              int slot, bool is_rim, const LogitScale& scale, const float* table) {
+                              int first, int slot, bool is_rim, const LogitScale& scale,
+                              const float* table) {
   if (scale.is_applied_first) {
     s.scale(scale.scale);
-    if (table != nullptr) add_bias(s, plan, slot, table, kLog2E);
+    if (table != nullptr) add_bias(s, plan, first, slot, table, kLog2E);
   }
   if (!is_rim) return;
   const uint32_t guard = plan.list.guard;
   RowSpan span[kBlocks][2];
 #pragma unroll
-  for (int i = 0; i < kBlocks * 2; ++i)
-    span[i / 2][i % 2] = plan.span[row_of<kBlocks>(i / 2, i % 2)];
+  for (int i = 0; i < kBlocks * 2; ++i) span[i / 2][i % 2] = plan.span[row_of(first, i / 2, i % 2)];
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
     const auto [place, next] = *reinterpret_cast<const uint2*>(&plan.place[slot][column_of(n)]);

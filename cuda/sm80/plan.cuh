@@ -65,7 +65,8 @@ inline constexpr int kSlots = 3;  // planned tiles of columns
 // The plan, in shared memory.
 template <int kRows, int kColumns>
 struct Plan {
-  alignas(16) int32_t row[kRows];  // number of its row in the arrays, or kNoRow
+  alignas(16) int32_t row[kRows];     // number of its row in the arrays, or kNoRow
+  alignas(16) int32_t source[kRows];  // the same, and kNoRow where nothing is to be read
   RowSpan span[kRows];
   int32_t row_entry[kRows];  // its share of the entry of a pair
   int seen[kRows];           // how many columns it sees
@@ -173,9 +174,11 @@ __device__ void make_plan(Plan<kRows, kColumns>& plan, const Problem<kAxes>& pro
   for (int a = 0; a < kAxes; ++a) {
     const Span least = {seen == 0 ? INT_MAX : span[a].begin, seen == 0 ? INT_MAX : span[a].end};
     const Span most = {seen == 0 ? INT_MIN : span[a].begin, seen == 0 ? INT_MIN : span[a].end};
+    // A row that sees nothing has nothing in common with the others.
+    const int last_begin = exists && seen == 0 ? INT_MAX : most.begin;
     const int box_begin = __reduce_min_sync(kAllLanes, least.begin);
     const int box_end = __reduce_max_sync(kAllLanes, most.end);
-    const int inner_begin = __reduce_max_sync(kAllLanes, most.begin);
+    const int inner_begin = __reduce_max_sync(kAllLanes, last_begin);
     const int inner_end = __reduce_min_sync(kAllLanes, least.end);
     if (lane() == 0) {
       atomicMin(&plan.box[a].begin, box_begin);
@@ -229,6 +232,7 @@ __device__ void make_plan(Plan<kRows, kColumns>& plan, const Problem<kAxes>& pro
     const int64_t row =
         kIsFused ? token * row_heads<kSide>(problem) + tile.head : tile.head * row_tokens + token;
     plan.row[thread] = exists ? static_cast<int32_t>(row) : kNoRow;
+    plan.source[thread] = seen > 0 ? static_cast<int32_t>(row) : kNoRow;
     plan.span[thread] = row_span;
     plan.row_entry[thread] = static_cast<int32_t>(row_entry);
     plan.seen[thread] = seen;

@@ -35,11 +35,11 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
   const int dim = static_cast<int>(p.dim), value_dim = static_cast<int>(p.value_dim);
   const int row = first_row<1>(), begin = static_cast<int>(blockIdx.y) * kOut;
 
-  load_rows<kDim, kRows>(shared.q.x, rows_of(arrays.q, sample), shared.plan.row, dim);
-  load_rows<kDim, kRows>(shared.dq.x, rows_of(arrays.dq, sample), shared.plan.row, dim);
+  load_rows<kDim, kRows>(shared.q.x, rows_of(arrays.q, sample), shared.plan.source, dim);
+  load_rows<kDim, kRows>(shared.dq.x, rows_of(arrays.dq, sample), shared.plan.source, dim);
   float shift[2], dlse[2] = {0, 0};
   for (int r = 0; r < 2; ++r) {
-    const int32_t number = shared.plan.row[row_of<1>(0, r)];
+    const int32_t number = shared.plan.row[row_of(row, 0, r)];
     shift[r] = weight_shift(number == kNoRow ? -INFINITY : rows_of(arrays.lse, sample)[number]);
   }
   Results<1, kOut / 8> out, changed;
@@ -64,10 +64,10 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
         multiply_rows<Element, kDim>(s, matrix, q, k);
         multiply_rows<Element, kDim>(ds, matrix, shared.dq.left(row), k);
         multiply_rows<Element, kDim>(ds, matrix, q, shared.dk[buffer].right());
-        finish_logits(s, shared.plan, slot, is_rim, scale, table);
+        finish_logits(s, shared.plan, row, slot, is_rim, scale, table);
         ds.scale(tiling.scale);
         if (table_tangent != nullptr) {
-          add_bias(ds, shared.plan, slot, table_tangent, 1);
+          add_bias(ds, shared.plan, row, slot, table_tangent, 1);
         }
 #pragma unroll
         for (int n = 0; n < kColumns / 8; ++n) {
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
   for (int r = 0; r < 2; ++r) {
     dlse[r] += __shfl_xor_sync(kAllLanes, dlse[r], 1);
     dlse[r] += __shfl_xor_sync(kAllLanes, dlse[r], 2);
-    const int32_t number = shared.plan.row[row_of<1>(0, r)];
+    const int32_t number = shared.plan.row[row_of(row, 0, r)];
     if (number != kNoRow && lane() % 4 == 0 && begin == 0) {
       rows_of(arrays.dlse, sample)[number] = dlse[r];
     }

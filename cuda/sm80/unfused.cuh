@@ -38,7 +38,8 @@ __global__ void __launch_bounds__(kThreads, 4)
   const int dim = static_cast<int>(p.dim), row = first_row<1>();
   const int64_t slots = p.slots();
 
-  load_rows<kDim, kRows>(shared.query.x, rows_of(arrays.query, tile.sample), shared.plan.row, dim);
+  load_rows<kDim, kRows>(shared.query.x, rows_of(arrays.query, tile.sample), shared.plan.source,
+                         dim);
   // Slots that stay without a key are 0.
   for (int i = row; i < row + 16; ++i) {
     const int32_t number = shared.plan.row[i];
@@ -92,7 +93,7 @@ __device__ void gather_weights(Results<1, kTiles>& w, const Element* attn, int64
   for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int row = row_of<1>(0, i / 2), column = column_of(n) + i % 2;
+      const int row = row_of(first_row<1>(), 0, i / 2), column = column_of(n) + i % 2;
       const int32_t query = kSide == Side::kKeys ? plan.column[slot][column] : plan.row[row];
       w.x[0][n][i] = 0;
       if (sees(plan.span[row], plan.place[slot][column], guard)) {

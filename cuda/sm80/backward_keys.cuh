@@ -1,0 +1,94 @@
+// The keys' part of the gradients: a tile of keys reads delta and makes
+//   dk = scale sum ds q,   dv = sum p ct_out.
+#pragma once
+
+#include "cuda/sm80/kernel.cuh"
+
+namespace jax_natten::sm80 {
+
+template <typename Element, int kDim, int kRowCount>
+struct BackwardKeysShared {
+  static constexpr int kRows = kRowCount;
+  static constexpr int kColumns = columns_for<Element, kDim>(2, 64 * 64 / kRows);
+  Rows<Element, kDim, kRows> k, v;
+  Rows<Element, kDim, kColumns> q[2], ct[2];
+  alignas(16) float lse[2][kColumns];
+  alignas(16) float delta[2][kColumns];
+  Plan<kRows, kColumns> plan;
+};
+
+// Starts copying a number of each column.
+template <int kCount>
+__device__ void load_numbers(float* to, const float* from, const int32_t* columns) {
+  const int i = static_cast<int>(threadIdx.x);
+  if (i >= kCount) return;
+  copy_async<sizeof(float)>(shared_address(to + i), from + columns[i], columns[i] != kNoRow);
+}
+
+// A block has a tile of keys and kOut elements of both gradients. Reads delta.
+template <typename Element, int kDim, int kRows, int kOut>
+__global__ void __launch_bounds__(kThreads, kDim* kRows <= 64 * 64 ? 3 : 2)
+    backward_keys_kernel(const __grid_constant__ BackwardArrays<Element> arrays,
+                         const __grid_constant__ Problem<kAxes> p,
+                         const __grid_constant__ Tiling tiling) {
+  using Shared = BackwardKeysShared<Element, kDim, kRows>;
+  constexpr int kColumns = Shared::kColumns, kBlocks = kRows / 64;
+  Shared& shared = shared_memory<Shared>();
+  const TileIndex tile = tile_index<Side::kKeys>(p, tiling, blockIdx.x);
+  const int64_t sample = tile.sample;
+  make_plan<Family::kFused, Side::kKeys>(shared.plan, p, tiling, tile);
+  const float* table = table_of(arrays.bias, sample, tile.head * p.group());
+  const LogitScale scale(tiling.scale, arrays.has_bias());
+  const Matrix<Element> matrix(p.tf32);
+  const int dim = static_cast<int>(p.dim), value_dim = static_cast<int>(p.value_dim);
+  const int row = first_row<kBlocks>(), begin = static_cast<int>(blockIdx.y) * kOut;
+
+  load_rows<kDim, kRows>(shared.k.x, rows_of(arrays.k, sample), shared.plan.source, dim);
+  load_rows<kDim, kRows>(shared.v.x, rows_of(arrays.v, sample), shared.plan.source, value_dim);
+  Results<kBlocks, kOut / 8> dk, dv;
+  dk.clear();
+  dv.clear();
+  for_each_tile(
+      shared.plan,
+      [&](int buffer, int slot) {
+        const int32_t* columns = shared.plan.column[slot];
+        load_rows<kDim, kColumns>(shared.q[buffer].x, rows_of(arrays.q, sample), columns, dim);
+        load_rows<kDim, kColumns>(shared.ct[buffer].x, rows_of(arrays.ct_out, sample), columns,
+                                  value_dim);
+        load_numbers<kColumns>(shared.lse[buffer], rows_of(arrays.lse, sample), columns);
+        load_numbers<kColumns>(shared.delta[buffer], rows_of(arrays.delta, sample), columns);
+      },
+      [&](int buffer, int slot, bool is_rim) {
+        Results<kBlocks, kColumns / 8> s, ds;
+        s.clear();
+        ds.clear();
+        multiply_rows<Element, kDim>(s, matrix, shared.k.left(row), shared.q[buffer].right());
+        finish_logits(s, shared.plan, row, slot, is_rim, scale, table);
+        multiply_rows<Element, kDim>(ds, matrix, shared.v.left(row), shared.ct[buffer].right());
+#pragma unroll
+        for (int n = 0; n < kColumns / 8; ++n) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const float shift = weight_shift(shared.lse[buffer][column_of(n) + e]);
+            const float delta = shared.delta[buffer][column_of(n) + e];
+#pragma unroll
+            for (int i = 0; i < kBlocks * 2; ++i) {
+              float& weight = s.x[i / 2][n][i % 2 * 2 + e];
+              float& gradient = ds.x[i / 2][n][i % 2 * 2 + e];
+              weight = exp2_of(weight * scale.factor() - shift);
+              gradient = weight * (gradient + delta);
+            }
+          }
+        }
+        multiply_weights<Element, kDim>(dv, matrix, s, shared.ct[buffer].right_transposed(begin));
+        multiply_weights<Element, kDim>(dk, matrix, ds, shared.q[buffer].right_transposed(begin));
+      });
+
+  dk.scale(tiling.scale);
+  store_rows<kDim>(rows_of(arrays.dk, sample), shared.plan.row + row, begin, dim,
+                   shared.k.x + row * kPitch<Element, kDim>, dk);
+  store_rows<kDim>(rows_of(arrays.dv, sample), shared.plan.row + row, begin, value_dim,
+                   shared.v.x + row * kPitch<Element, kDim>, dv);
+}
+
+}  // namespace jax_natten::sm80
