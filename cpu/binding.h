@@ -54,25 +54,27 @@ struct Handlers {
   }
 
   static Result forward(Context context, In q, In k, In v, In bias, In frame, Out out, Out lse,
-                        Sizes kernel_size, Sizes stride, Sizes dilation, Sizes is_causal,
+                        Sizes kernel_size, Sizes stride, Sizes dilation, Sizes is_causal, bool tf32,
                         double scale) {
-    return dispatch(q.element_type(), context, {kernel_size, stride, dilation, is_causal, scale},
+    return dispatch(q.element_type(), context,
+                    {kernel_size, stride, dilation, is_causal, tf32, scale},
                     ForwardBuffers{q, k, v, bias, frame, *out, *lse});
   }
 
   static Result tangent(Context context, In q, In k, In v, In bias, In frame, In out, In lse, In dq,
                         In dk, In dv, In dbias, Out dout, Out dlse, Sizes kernel_size, Sizes stride,
-                        Sizes dilation, Sizes is_causal, double scale) {
+                        Sizes dilation, Sizes is_causal, bool tf32, double scale) {
     return dispatch(
-        q.element_type(), context, {kernel_size, stride, dilation, is_causal, scale},
+        q.element_type(), context, {kernel_size, stride, dilation, is_causal, tf32, scale},
         TangentBuffers{q, k, v, bias, frame, out, lse, dq, dk, dv, dbias, *dout, *dlse});
   }
 
   static Result backward(Context context, In q, In k, In v, In bias, In frame, In out, In lse,
                          In ct_out, In ct_lse, Out dq, Out dk, Out dv, Out dbias, Out delta,
                          Out dbias_parts, Sizes kernel_size, Sizes stride, Sizes dilation,
-                         Sizes is_causal, double scale) {
-    return dispatch(q.element_type(), context, {kernel_size, stride, dilation, is_causal, scale},
+                         Sizes is_causal, bool tf32, double scale) {
+    return dispatch(q.element_type(), context,
+                    {kernel_size, stride, dilation, is_causal, tf32, scale},
                     BackwardBuffers{q, k, v, bias, frame, out, lse, ct_out, ct_lse, *dq, *dk, *dv,
                                     *dbias, *delta, *dbias_parts});
   }
@@ -80,15 +82,17 @@ struct Handlers {
   // The unfused operations have one result and no scale.
   template <typename Buffers>
   static Result two_operands(Context context, In a, In b, In frame, Out result, Sizes kernel_size,
-                             Sizes stride, Sizes dilation, Sizes is_causal) {
-    return dispatch(a.element_type(), context, {kernel_size, stride, dilation, is_causal, 1.0},
+                             Sizes stride, Sizes dilation, Sizes is_causal, bool tf32) {
+    return dispatch(a.element_type(), context,
+                    {kernel_size, stride, dilation, is_causal, tf32, 1.0},
                     Buffers{a, b, frame, *result});
   }
 
   template <typename Buffers>
   static Result one_operand(Context context, In a, In frame, Out result, Sizes kernel_size,
-                            Sizes stride, Sizes dilation, Sizes is_causal) {
-    return dispatch(a.element_type(), context, {kernel_size, stride, dilation, is_causal, 1.0},
+                            Sizes stride, Sizes dilation, Sizes is_causal, bool tf32) {
+    return dispatch(a.element_type(), context,
+                    {kernel_size, stride, dilation, is_causal, tf32, 1.0},
                     Buffers{a, frame, *result});
   }
 };
@@ -110,11 +114,12 @@ auto bind(Binding&& binding) {
         .template Attr<Sizes>("kernel_size")
         .template Attr<Sizes>("stride")
         .template Attr<Sizes>("dilation")
-        .template Attr<Sizes>("is_causal");
+        .template Attr<Sizes>("is_causal")
+        .template Attr<bool>("tf32");
   }
 }
 
-// One handler of XLA's C interface. A call with kHasScale has that attribute beside the window.
+// One handler of XLA's C interface. A call with kHasScale has that attribute beside the others.
 template <typename Backend, auto kImplementation, int kOperands, int kResults, bool kHasScale>
 XLA_FFI_Error* call(XLA_FFI_CallFrame* frame) {
   static auto* handler = bind<kOperands, kResults, kHasScale>(Backend::bind())

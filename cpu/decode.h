@@ -25,6 +25,7 @@ struct Attributes {
   ffi::Span<const int64_t> stride;
   ffi::Span<const int64_t> dilation;
   ffi::Span<const int64_t> is_causal;
+  bool tf32;
   double scale;
 };
 
@@ -123,6 +124,7 @@ class Decoder {
     result.dim = size(Axis::kDim, 0, 1);
     result.value_dim = size(Axis::kValueDim, 0, 1);
     result.scale = attributes_.scale;
+    result.tf32 = attributes_.tf32;
     result.frame = static_cast<const int32_t*>(frame.untyped_data());
     const bool divides =
         result.heads_kv == 0 ? result.heads == 0 : result.heads % result.heads_kv == 0;

@@ -32,7 +32,7 @@ struct Problem {
   int64_t dim;           // of queries and keys
   int64_t value_dim;     // of values
   double scale;          // of the logits
-  bool tf32;             // float32 products may be rounded to TF32
+  bool tf32;             // float32 products may be rounded to TF32; ignored without matrix units
   const int32_t* frame;  // [samples, kFrameRows, Rank]
 
   JAX_NATTEN_HOST_DEVICE int64_t queries() const { return product(query_shape); }

@@ -67,7 +67,7 @@ def _backward_workspace(query, key, value, bias, frame, out, lse, *bars):
     """lse_bar - out_bar . out of every query, in the layout of lse, and the parts in which bias_bar is summed."""
     rank = frame.shape[-1]
     leading, offsets = bias.shape[: bias.ndim - rank], bias.shape[bias.ndim - rank :]
-    parts = max(TABLE_SUMS // max(math.prod(leading), 1), 1)
+    parts = -(-TABLE_SUMS // max(math.prod(leading), 1))  # rounded up: at least 1, of a symbolic batch too
     return (
         jax.ShapeDtypeStruct(lse.shape, lse.dtype),
         jax.ShapeDtypeStruct((*leading, parts, *offsets), bias.dtype),

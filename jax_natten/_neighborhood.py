@@ -77,8 +77,10 @@ def _neighborhood_attention(
       backend: None picks the fastest that serves the call; "native" (compiled kernels) or "reference" (pure jax)
         forces one. See `backends()`.
       precision: a `jax.lax.Precision` or its name; by default that of `jax.default_matmul_precision`, and without
-        one float32 accuracy. CPU kernels always compute at float32 accuracy or better.
-      deterministic: whether equal calls must give equal bits; CPU kernels and the reference always do.
+        one float32 accuracy. Where less is asked for, GPU kernels may round float32 products to TF32; CPU kernels
+        always compute at float32 accuracy or better.
+      deterministic: whether equal calls must give equal bits. Those of kernels always do, so it changes nothing;
+        the reference on a GPU adds gradients up as XLA's own flag `--xla_gpu_deterministic_ops` says.
 
     Returns:
       out `[batch, <axes>, heads, head_dim_v]` in the query's dtype; with `return_lse` also lse

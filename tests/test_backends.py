@@ -82,9 +82,14 @@ def test_backends_agree(name):
 
 @pytest.mark.parametrize("precision", [None, "default", "high", "highest", "float32", jax.lax.Precision.HIGHEST])
 def test_precision(precision):
+    """A low one changes nothing on a CPU; a GPU may round to TF32, of three bits more than bfloat16."""
     x = PROBLEMS["plain"].arrays()
     expected = jn.na1d(**x, kernel_size=3)
-    np.testing.assert_array_equal(jn.na1d(**x, kernel_size=3, precision=precision), expected)
+    actual = jn.na1d(**x, kernel_size=3, precision=precision)
+    if precision in ("default", "high") and jax.default_backend() == "gpu":
+        assert_close(actual, expected, dtype="bfloat16")
+    else:
+        np.testing.assert_array_equal(actual, expected)
 
 
 @pytest.mark.parametrize("ambient", ["default", "highest", "float32", "bfloat16", "tensorfloat32", "BF16_BF16_F32"])

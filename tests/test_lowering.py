@@ -94,6 +94,56 @@ def test_reference_runs_no_kernel():
     assert kernels(lambda x: jn.na1d(x, x, x, 3, backend="native"), x) == {"forward": 1}
 
 
+# ---- precision
+
+
+ARGUMENTS = {None: False, "highest": False, "float32": False, "high": True, "tensorfloat32": True, "default": True}
+AMBIENT = {
+    **ARGUMENTS,
+    "bfloat16": True,
+    "F16_F16_F32": True,
+    "BF16_BF16_F32": True,
+    "BF16_BF16_F32_X3": False,
+    "BF16_BF16_F32_X6": False,
+    "BF16_BF16_F32_X9": False,
+    "TF32_TF32_F32": True,
+    "TF32_TF32_F32_X3": False,
+    "F32_F32_F32": False,
+    "F64_F64_F64": False,
+}
+
+
+def allows_tf32(**precision) -> bool:
+    """Whether all kernels of a program that calls each of them are told that they may use TF32."""
+    x = jnp.ones((1, 5, 5, 2))
+
+    def fused(x):
+        return jn.na1d(x, x, x, 3, **precision)
+
+    def unfused(x):
+        return jn.na1d_av(jn.na1d_qk(x, x, 3, rpb=x[0, ..., 0], **precision), x, 3, **precision)
+
+    def run(x):
+        return [(jax.vjp(f, x)[1](x), jax.jvp(f, (x,), (x,))) for f in (fused, unfused)]
+
+    calls = re.findall(r"@jax_natten_(\w+)\(.*tf32 = (\w+)", jax.jit(run).lower(x).as_text())
+    names, (told,) = {name for name, _ in calls}, {told for _, told in calls}
+    assert names == {"forward", "tangent", "backward", "qk", "av", "inverse", "spread", "collect"}
+    return {"true": True, "false": False}[told]
+
+
+@pytest.mark.parametrize("precision", ARGUMENTS)
+def test_precision_tells_the_kernels_whether_tf32_will_do(precision):
+    assert allows_tf32(precision=precision) == ARGUMENTS[precision]
+
+
+@pytest.mark.parametrize("ambient", AMBIENT)
+def test_ambient_precision_tells_the_kernels_whether_tf32_will_do(ambient):
+    with jax.default_matmul_precision(ambient):
+        assert allows_tf32() == AMBIENT[ambient]
+        assert not allows_tf32(precision="highest")
+
+
 # ---- debugging switches
 
 

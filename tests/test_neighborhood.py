@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import reference
 from jax.test_util import check_grads
-from problems import BACKENDS, PROBLEMS, Problem, check_fused, fused, precise
+from problems import BACKENDS, PROBLEMS, Problem, assert_same, check_fused, fused, precise
 from tolerances import assert_close
 
 import jax_natten as jn
@@ -73,7 +73,8 @@ def test_large_logits(backend, additional):
     bars = np.ones(out.shape), np.ones(lse.shape)
     expected = reference.fused(**arrays, kernel_size=4, scale=100.0, out_bar=bars[0], lse_bar=bars[1])
     for name, grad in grads.items():
-        assert_close(grad, expected[name], factor=100, err_msg=name)
+        # Kernels sum a logit in one order; the reference's two passes may differ, and so by several such errors.
+        assert_close(grad, expected[name], factor=100 if backend == "native" else 400, err_msg=name)
 
 
 # ---- edges of shapes
@@ -212,12 +213,12 @@ def test_tokens_outside_the_window(poison, backend):
 
         (out, lse), pull = jax.vjp(run, arrays)
         (grads,) = pull((out * 0 + 1, lse * 0 + 1))
-        return out, lse, *(grads[name] for name in arrays)
+        return {"out": out, "lse": lse, **grads}
 
-    for actual, expected in zip(results(dirty), results(clean), strict=True):
-        actual, expected = (np.asarray(x)[:, ::2] for x in (actual, expected))
-        assert np.isfinite(expected).all()
-        np.testing.assert_array_equal(actual, expected)
+    actual, expected = (jax.tree.map(lambda x: np.asarray(x)[:, ::2], results(arrays)) for arrays in (dirty, clean))
+    for name in expected:
+        assert np.isfinite(expected[name]).all()
+        assert_same(actual[name], expected[name], backend, name)
 
 
 @backends
@@ -285,4 +286,4 @@ def test_second_derivatives_do_not_see_tokens_beyond_the_lengths(backend):
     actual = product(dirty, dots)
     for name in dirty:
         assert np.any(expected[name])
-        np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)
+        assert_same(actual[name], expected[name], "reference", name)  # whose derivative it is, on every backend
