@@ -12,25 +12,23 @@
 
 namespace jax_natten {
 
-// Whether an operation has kernels on matrix units.
+// Whether there are kernels on matrix units for an operation; a build for GPUs without them has
+// none.
+#ifdef JAX_NATTEN_HAS_SM80
 template <template <typename, int> class Operands>
-inline constexpr bool kIsOnMatrixUnits = false;
+inline constexpr bool kHasSm80 = true;
 template <>
-inline constexpr bool kIsOnMatrixUnits<ForwardOperands> = true;
+inline constexpr bool kHasSm80<SpreadOperands> = false;
 template <>
-inline constexpr bool kIsOnMatrixUnits<TangentOperands> = true;
-template <>
-inline constexpr bool kIsOnMatrixUnits<BackwardOperands> = true;
-template <>
-inline constexpr bool kIsOnMatrixUnits<QkOperands> = true;
-template <>
-inline constexpr bool kIsOnMatrixUnits<AvOperands> = true;
-template <>
-inline constexpr bool kIsOnMatrixUnits<InverseOperands> = true;
+inline constexpr bool kHasSm80<CollectOperands> = false;
+#else
+template <template <typename, int> class Operands>
+inline constexpr bool kHasSm80 = false;
+#endif
 
 template <template <typename, int> class Operands, typename Element, int Rank>
 cudaError_t dispatch(cudaStream_t stream, const Operands<Element, Rank>& operands) {
-  if constexpr (kIsOnMatrixUnits<Operands> && !std::is_same_v<Element, double>) {
+  if constexpr (kHasSm80<Operands> && !std::is_same_v<Element, double>) {
     const cudaError_t error = sm80::Operation<Operands, Element>::run(stream, operands);
     if (error != sm80::kNotServed) return error;
   }

@@ -4,10 +4,17 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-from problems import PROBLEMS, fused, unfused
+from problems import PROBLEMS, Problem, fused, precise, unfused
 
-# Rows that are no multiple of a lane's unit, of few lanes, and of several pieces.
-CASES = {"everything": (5, 3), "causal_stride": (16, 24), "wrap": (40, 300)}
+# Rows that are no multiple of what a lane copies at once, short and long ones, too long ones for matrix units; and
+# windows of several tiles.
+CASES = (
+    replace(PROBLEMS["everything"], dim=5, value_dim=3),
+    replace(PROBLEMS["causal_stride"], dim=16, value_dim=24),
+    replace(PROBLEMS["lengths"], dim=128, value_dim=72),
+    replace(PROBLEMS["wrap"], dim=40, value_dim=300),
+    Problem(spatial=(19, 18), kernel_size=(13, 14), heads=2, heads_kv=1, dim=64, rpb=True),
+)
 
 
 def run_fused(problem, arrays):
@@ -31,10 +38,11 @@ def run_unfused(problem, arrays):
     return out, pull(out)
 
 
-for name, (dim, value_dim) in CASES.items():
-    for dtype in ("float32", "bfloat16"):
-        problem = replace(PROBLEMS[name], dim=dim, value_dim=value_dim, dtype=dtype, rpb_dtype=None)
-        arrays = {name: jnp.asarray(jnp.nan_to_num(x)) for name, x in problem.arrays().items()}
-        for run in (run_fused, run_unfused):
-            jax.block_until_ready(jax.jit(run, static_argnums=0)(problem, arrays))
+for case in CASES:
+    for dtype in ("float64", "float32", "bfloat16"):
+        with precise(dtype):
+            problem = replace(case, dtype=dtype, rpb_dtype=None)
+            arrays = {name: jnp.asarray(jnp.nan_to_num(x)) for name, x in problem.arrays().items()}
+            for run in (run_fused, run_unfused):
+                jax.block_until_ready(jax.jit(run, static_argnums=0)(problem, arrays))
 print("done")

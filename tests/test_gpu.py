@@ -52,6 +52,28 @@ def test_dtypes(name, dtype):
     check_unfused(problem, "native")
 
 
+@gpu
+@pytest.mark.parametrize("name", ["2d", "whole"])
+def test_precision_of_float32(name):
+    """Accurate to float32 unless less is asked for, by argument or by jax's setting; then accurate to TF32."""
+    problem = replace(LARGE[name], rpb=False)
+    arrays = problem.arrays()
+
+    def error(**settings):
+        with jax.default_matmul_precision(settings.pop("ambient", None)):
+            out = fused(problem.rank)(**jax.device_put(arrays), **problem.window, backend="native", **settings)
+        return np.linalg.norm(out - expected) / np.linalg.norm(expected)
+
+    with precise("float64"):
+        wide = {name: x.astype(np.float64) for name, x in arrays.items()}
+        wide = jax.device_put(wide, jax.local_devices(backend="cpu")[0])
+        expected = np.asarray(fused(problem.rank)(**wide, **problem.window, backend="native"))
+    for settings in ({}, {"precision": "highest"}, {"ambient": "float32"}):
+        assert error(**settings) < 2e-6, settings
+    for settings in ({"precision": "tensorfloat32"}, {"ambient": "tensorfloat32"}, {"precision": "default"}):
+        assert 2e-5 < error(**settings) < 2e-3, settings
+
+
 # Below, at and above what a group of lanes holds; multiples of what a lane loads at once, and not.
 DIMS = [1, 8, 12, 24, 31, 32, 33, 40, 48, 64, 80, 96, 128, 130, 160, 192, 256, 257, 300]
 

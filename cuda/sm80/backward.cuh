@@ -33,15 +33,17 @@ cudaError_t run_operation(cudaStream_t stream, const BackwardArrays<Element>& ar
     cudaError_t error = with_tiling<Queries, LargeQueries, Side::kQueries, kMayBeLarge>(
         problem, rank, [&](const Tiling& tiling, auto rows) {
           constexpr int kRows = decltype(rows)::value;
-          return launch_tiles<BackwardQueriesShared<Element, kDim, kRows>, Side::kQueries>(
-              stream, backward_queries_kernel<Element, kDim, kRows>, arrays, problem, tiling);
+          return launch_tiles<Side::kQueries>(stream, backward_queries_kernel<Element, kDim, kRows>,
+                                              sizeof(BackwardQueriesShared<Element, kDim, kRows>),
+                                              arrays, problem, tiling);
         });
     if (error != cudaSuccess) return error;
     error = with_tiling<Keys, LargeKeys, Side::kKeys, kKeysMayBeLarge>(
         problem, rank, [&](const Tiling& tiling, auto rows) {
           constexpr int kRows = decltype(rows)::value;
-          return launch_tiles<BackwardKeysShared<Element, kDim, kRows>, Side::kKeys>(
-              stream, backward_keys_kernel<Element, kDim, kRows, kOut>, arrays, problem, tiling,
+          return launch_tiles<Side::kKeys>(
+              stream, backward_keys_kernel<Element, kDim, kRows, kOut>,
+              sizeof(BackwardKeysShared<Element, kDim, kRows>), arrays, problem, tiling,
               geometry::ceil_div(geometry::max(problem.dim, problem.value_dim), kOut));
         });
     if (error != cudaSuccess || !arrays.has_bias()) return error;

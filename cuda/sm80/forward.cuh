@@ -137,8 +137,9 @@ cudaError_t run_operation(cudaStream_t stream, const ForwardArrays<Element>& arr
     return with_tiling<Small, Large, Side::kQueries, kMayBeLarge>(
         problem, rank, [&](const Tiling& tiling, auto rows) {
           constexpr int kRows = decltype(rows)::value;
-          return launch_tiles<ForwardShared<Element, kDim, kRows>, Side::kQueries>(
-              stream, forward_kernel<Element, kDim, kRows>, arrays, problem, tiling);
+          return launch_tiles<Side::kQueries>(stream, forward_kernel<Element, kDim, kRows>,
+                                              sizeof(ForwardShared<Element, kDim, kRows>), arrays,
+                                              problem, tiling);
         });
   });
 }

@@ -125,15 +125,15 @@ cudaError_t launch(cudaStream_t stream, void (*kernel)(Parameters...), dim3 grid
 }
 
 // The same for a kernel of (arrays, problem, tiling): a block for a tile and a part of its rows.
-template <typename Shared, Side kRows, typename Arrays>
+template <Side kRows, typename Arrays>
 cudaError_t launch_tiles(cudaStream_t stream, void (*kernel)(Arrays, Problem<kAxes>, Tiling),
-                         const Arrays& arrays, const Problem<kAxes>& problem, const Tiling& tiling,
-                         int64_t parts = 1) {
+                         size_t bytes, const Arrays& arrays, const Problem<kAxes>& problem,
+                         const Tiling& tiling, int64_t parts = 1) {
   const int64_t tiles = tile_count<kRows>(problem, tiling);
-  if (tiles >= int64_t{1} << 31 || sizeof(Shared) > shared_limit()) return kNotServed;
+  if (tiles >= int64_t{1} << 31 || bytes > shared_limit()) return kNotServed;
   if (tiles == 0) return cudaSuccess;
   const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(geometry::max(parts, 1)));
-  return launch(stream, kernel, grid, sizeof(Shared), arrays, problem, tiling);
+  return launch(stream, kernel, grid, bytes, arrays, problem, tiling);
 }
 
 template <int kValue>

@@ -114,9 +114,9 @@ cudaError_t run_operation(cudaStream_t stream, const TangentArrays<Element>& arr
     using Shared = TangentShared<Element, kDim>;
     const Tiling tiling =
         choose_tiling<Side::kQueries>(problem, rank, Shared::kRows, Shared::kColumns);
-    return launch_tiles<Shared, Side::kQueries>(stream, tangent_kernel<Element, kDim, kOut>, arrays,
-                                                problem, tiling,
-                                                geometry::ceil_div(problem.value_dim, kOut));
+    return launch_tiles<Side::kQueries>(stream, tangent_kernel<Element, kDim, kOut>, sizeof(Shared),
+                                        arrays, problem, tiling,
+                                        geometry::ceil_div(problem.value_dim, kOut));
   });
 }
 

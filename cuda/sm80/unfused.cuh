@@ -1,25 +1,90 @@
 // The unfused products on matrix units: qk, av and inverse, the common transpose of both.
 //   qk: attn = q k^T in the slots of the window     av: out = attn v     inverse: out = attn^T x
 //
-// Weights lie in memory as rows of slots, and are put in the places of a tile one by one.
+// Weights lie in memory as rows of slots, tiles of products are rows of columns. Where rows are
+// queries, a tile's rows of weights are in shared memory, and go from and to device memory whole.
 #pragma once
 
 #include "cuda/sm80/kernel.cuh"
 
 namespace jax_natten::sm80 {
 
+inline constexpr int kUnfusedRows = 64;
 inline constexpr int kMostStarts = 2048;  // positions of a box, all axes together
+
+// ---- rows of weights
+
+// Bytes of a tile's rows of weights, which lie behind what else is shared; more than there is where
+// a row alone is too long.
+template <typename Element>
+size_t bytes_of_weights(const Problem<kAxes>& problem) {
+  const int64_t slots = geometry::min(problem.slots(), static_cast<int64_t>(shared_limit()));
+  return kUnfusedRows * slots * sizeof(Element);
+}
+
+// The weights of a warp's rows one after the other, of which a lane has every kWarp-th.
+class WarpWeights {
+ public:
+  __device__ WarpWeights(const int32_t (&rows)[kUnfusedRows], int slots)
+      : rows_(rows + first_row<1>()), slots_(slots), inverse_(1.f / slots) {}
+
+  __device__ int size() const { return 16 * slots_; }
+
+  // Where weight i is in shared memory.
+  __device__ int shared(int i) const { return first_row<1>() * slots_ + i; }
+
+  // Where it is in the array, -1 where it has no row.
+  __device__ int64_t in_array(int i) const {
+    // i / slots: far more exact than half an element in a row, which shared memory holds.
+    const auto row = static_cast<int>((i + 0.5f) * inverse_);
+    const int64_t number = rows_[row];
+    return number == kNoRow ? -1 : number * slots_ + i - row * slots_;
+  }
+
+ private:
+  const int32_t* rows_;
+  int slots_;
+  float inverse_;
+};
+
+// Calls visit(result, where the pair's weight is) for the pairs of a tile that see each other.
+// Queries are rows of weights: those of the tile, or the columns' in the array.
+template <Side kSide, int kTiles, int kColumns, typename Visit>
+__device__ void for_each_pair(Results<1, kTiles>& results, const Plan<kUnfusedRows, kColumns>& plan,
+                              int slot, int slots, Visit&& visit) {
+  const uint32_t guard = plan.list.guard;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = row_of(first_row<1>(), 0, r);
+    const RowSpan span = plan.span[row];
+    const int row_entry = plan.row_entry[row];
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int column = column_of(n) + e;
+        if (!sees(span, plan.place[slot][column], guard)) continue;
+        const int entry = row_entry + plan.column_entry[slot][column];
+        if constexpr (kSide == Side::kQueries) {
+          visit(results.x[0][n][2 * r + e], row * slots + entry);
+        } else {
+          const int64_t query = plan.column[slot][column];
+          visit(results.x[0][n][2 * r + e], query * slots + entry);
+        }
+      }
+    }
+  }
+}
 
 // ---- qk
 
 template <typename Element, int kDim>
 struct QkShared {
-  static constexpr int kRows = 64;
   static constexpr int kColumns = columns_for<Element, kDim>(1);
-  Rows<Element, kDim, kRows> query;
+  Rows<Element, kDim, kUnfusedRows> query;
   Rows<Element, kDim, kColumns> key[2];
-  Rows<Element, kColumns, kRows> product;
-  Plan<kRows, kColumns> plan;
+  Plan<kUnfusedRows, kColumns> plan;
+  alignas(16) Element weights[1];  // [rows, slots]
 };
 
 template <typename Element, int kDim>
@@ -27,25 +92,21 @@ __global__ void __launch_bounds__(kThreads, 4)
     qk_kernel(const __grid_constant__ QkArrays<Element> arrays,
               const __grid_constant__ Problem<kAxes> p, const __grid_constant__ Tiling tiling) {
   using Shared = QkShared<Element, kDim>;
-  constexpr int kRows = Shared::kRows, kColumns = Shared::kColumns;
-  constexpr int kPitchOfProduct = kPitch<Element, kColumns>;
+  constexpr int kColumns = Shared::kColumns;
   Shared& shared = shared_memory<Shared>();
   const TileIndex tile = tile_index<Side::kQueries>(p, tiling, blockIdx.x);
   make_plan<Family::kUnfused, Side::kQueries>(shared.plan, p, tiling, tile);
   const Element* keys = rows_of(arrays.key, tile.sample);
   Element* attn = rows_of(arrays.attn, tile.sample);
   const Matrix<Element> matrix(p.tf32);
-  const int dim = static_cast<int>(p.dim), row = first_row<1>();
-  const int64_t slots = p.slots();
+  const int dim = static_cast<int>(p.dim), slots = static_cast<int>(p.slots());
+  const int row = first_row<1>();
 
-  load_rows<kDim, kRows>(shared.query.x, rows_of(arrays.query, tile.sample), shared.plan.source,
-                         dim);
+  load_rows<kDim, kUnfusedRows>(shared.query.x, rows_of(arrays.query, tile.sample),
+                                shared.plan.source, dim);
   // Slots that stay without a key are 0.
-  for (int i = row; i < row + 16; ++i) {
-    const int32_t number = shared.plan.row[i];
-    if (number == kNoRow || shared.plan.seen[i] == slots) continue;
-    for (int64_t slot = lane(); slot < slots; slot += kWarp) attn[number * slots + slot] = {};
-  }
+  const WarpWeights weights(shared.plan.row, slots);
+  for (int i = lane(); i < weights.size(); i += kWarp) shared.weights[weights.shared(i)] = {};
   __syncwarp();
   for_each_tile(
       shared.plan,
@@ -56,97 +117,104 @@ __global__ void __launch_bounds__(kThreads, 4)
         Results<1, kColumns / 8> s;
         s.clear();
         multiply_rows<Element, kDim>(s, matrix, shared.query.left(row), shared.key[buffer].right());
-        stage_rows<kColumns>(shared.product.x + row * kPitchOfProduct, s);
-        // Neighboring lanes write neighboring slots.
-        for (int i = row; i < row + 16; ++i) {
-          const RowSpan span = shared.plan.span[i];
-          Element* slots_of_row = attn + shared.plan.row[i] * slots + shared.plan.row_entry[i];
-          for (int c = lane(); c < kColumns; c += kWarp) {
-            if (sees(span, shared.plan.place[slot][c], shared.plan.list.guard)) {
-              slots_of_row[shared.plan.column_entry[slot][c]] =
-                  shared.product.x[i * kPitchOfProduct + c];
-            }
-          }
-        }
-        __syncwarp();
+        for_each_pair<Side::kQueries>(s, shared.plan, slot, slots, [&](float product, int at) {
+          shared.weights[at] = device::narrow(product, Element{});
+        });
       });
+  __syncwarp();
+  for (int i = lane(); i < weights.size(); i += kWarp) {
+    const int64_t at = weights.in_array(i);
+    if (at >= 0) attn[at] = shared.weights[weights.shared(i)];
+  }
 }
 
 // ---- av and inverse
 
 template <typename Element, int kDim>
 struct WeightedShared {
-  static constexpr int kRows = 64;
   static constexpr int kColumns = columns_for<Element, kDim>(1);
   Rows<Element, kDim, kColumns> x[2];
-  Rows<Element, kDim, kRows> staging;
-  Plan<kRows, kColumns> plan;
+  Rows<Element, kDim, kUnfusedRows> staging;
+  Plan<kUnfusedRows, kColumns> plan;
+};
+
+template <typename Element, int kDim>
+struct AvShared : WeightedShared<Element, kDim> {
+  alignas(16) Element weights[1];  // [rows, slots]
+};
+
+template <typename Element, int kDim>
+struct InverseShared : WeightedShared<Element, kDim> {
   int starts[kMostStarts];
 };
 
-// The weights of a tile's pairs. Rows of attn are those of the queries.
-template <Side kSide, typename Element, int kTiles, int kRows, int kColumns>
-__device__ void gather_weights(Results<1, kTiles>& w, const Element* attn, int64_t slots,
-                               const Plan<kRows, kColumns>& plan, int slot) {
-  const uint32_t guard = plan.list.guard;
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = row_of(first_row<1>(), 0, i / 2), column = column_of(n) + i % 2;
-      const int32_t query = kSide == Side::kKeys ? plan.column[slot][column] : plan.row[row];
-      w.x[0][n][i] = 0;
-      if (sees(plan.span[row], plan.place[slot][column], guard)) {
-        w.x[0][n][i] = device::widen(
-            attn[query * slots + plan.row_entry[row] + plan.column_entry[slot][column]]);
-      }
-    }
-  }
-}
-
-// Rows are those of the result: queries (av) or keys (inverse).
+// out, the sum of the columns' rows of x by their weights: weight(pair's place) in `weights`.
 template <Side kSide, typename Element, int kDim>
-__device__ void sum_weighted(const Tensor<Element>& out, const Tensor<const Element>& attn,
-                             const Tensor<const Element>& x, const Problem<kAxes>& p,
-                             const Tiling& tiling) {
-  using Shared = WeightedShared<Element, kDim>;
-  constexpr int kColumns = Shared::kColumns;
-  Shared& shared = shared_memory<Shared>();
-  const TileIndex tile = tile_index<kSide>(p, tiling, blockIdx.x);
-  make_plan<Family::kUnfused, kSide>(shared.plan, p, tiling, tile, shared.starts);
+__device__ void sum_weighted(WeightedShared<Element, kDim>& shared, const Tensor<Element>& out,
+                             const Tensor<const Element>& x, const Element* weights,
+                             const Problem<kAxes>& p, int64_t sample) {
+  constexpr int kColumns = WeightedShared<Element, kDim>::kColumns;
   const Matrix<Element> matrix(p.tf32);
-  const int length = static_cast<int>(p.value_dim), row = first_row<1>();
-  const int64_t slots = p.slots();
+  const int length = static_cast<int>(p.value_dim), slots = static_cast<int>(p.slots());
+  const int row = first_row<1>();
   Results<1, kDim / 8> sum;
   sum.clear();
   for_each_tile<kSide == Side::kKeys>(
       shared.plan,
       [&](int buffer, int slot) {
-        load_rows<kDim, kColumns>(shared.x[buffer].x, rows_of(x, tile.sample),
-                                  shared.plan.column[slot], length);
+        load_rows<kDim, kColumns>(shared.x[buffer].x, rows_of(x, sample), shared.plan.column[slot],
+                                  length);
       },
       [&](int buffer, int slot, bool) {
         Results<1, kColumns / 8> w;
-        gather_weights<kSide>(w, rows_of(attn, tile.sample), slots, shared.plan, slot);
+        w.clear();
+        for_each_pair<kSide>(w, shared.plan, slot, slots,
+                             [&](float& weight, auto at) { weight = device::widen(weights[at]); });
         multiply_weights<Element, kDim>(sum, matrix, w, shared.x[buffer].right_transposed());
       });
-  store_rows<kDim>(rows_of(out, tile.sample), shared.plan.row + row, 0, length,
+  store_rows<kDim>(rows_of(out, sample), shared.plan.row + row, 0, length,
                    shared.staging.x + row * kPitch<Element, kDim>, sum);
 }
 
 template <typename Element, int kDim>
-__global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, kDim <= 64 ? 4 : 2)
     av_kernel(const __grid_constant__ AvArrays<Element> arrays,
               const __grid_constant__ Problem<kAxes> p, const __grid_constant__ Tiling tiling) {
-  sum_weighted<Side::kQueries, Element, kDim>(arrays.out, arrays.attn, arrays.value, p, tiling);
+  auto& shared = shared_memory<AvShared<Element, kDim>>();
+  const TileIndex tile = tile_index<Side::kQueries>(p, tiling, blockIdx.x);
+  make_plan<Family::kUnfused, Side::kQueries>(shared.plan, p, tiling, tile);
+  const Element* attn = rows_of(arrays.attn, tile.sample);
+  const WarpWeights weights(shared.plan.row, static_cast<int>(p.slots()));
+  constexpr int kBatch = 8;  // that a lane has on their way from memory
+  for (int begin = lane(); begin < weights.size(); begin += kBatch * kWarp) {
+    Element batch[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int i = begin + b * kWarp;
+      const int64_t at = i < weights.size() ? weights.in_array(i) : -1;
+      batch[b] = at < 0 ? Element{} : attn[at];
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int i = begin + b * kWarp;
+      if (i < weights.size()) shared.weights[weights.shared(i)] = batch[b];
+    }
+  }
+  __syncwarp();
+  sum_weighted<Side::kQueries, Element, kDim>(shared, arrays.out, arrays.value, shared.weights, p,
+                                              tile.sample);
 }
 
 template <typename Element, int kDim>
-__global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, kDim <= 64 ? 4 : 2)
     inverse_kernel(const __grid_constant__ InverseArrays<Element> arrays,
                    const __grid_constant__ Problem<kAxes> p,
                    const __grid_constant__ Tiling tiling) {
-  sum_weighted<Side::kKeys, Element, kDim>(arrays.out, arrays.attn, arrays.x, p, tiling);
+  auto& shared = shared_memory<InverseShared<Element, kDim>>();
+  const TileIndex tile = tile_index<Side::kKeys>(p, tiling, blockIdx.x);
+  make_plan<Family::kUnfused, Side::kKeys>(shared.plan, p, tiling, tile, shared.starts);
+  sum_weighted<Side::kKeys, Element, kDim>(shared, arrays.out, arrays.x,
+                                           rows_of(arrays.attn, tile.sample), p, tile.sample);
 }
 
 // ---- launches
@@ -157,9 +225,10 @@ cudaError_t run_operation(cudaStream_t stream, const QkArrays<Element>& arrays,
   return with_dim(problem.dim, [&](auto dim) {
     constexpr int kDim = decltype(dim)::value;
     using Shared = QkShared<Element, kDim>;
-    return launch_tiles<Shared, Side::kQueries>(
-        stream, qk_kernel<Element, kDim>, arrays, problem,
-        choose_tiling<Side::kQueries>(problem, rank, Shared::kRows, Shared::kColumns));
+    return launch_tiles<Side::kQueries>(
+        stream, qk_kernel<Element, kDim>, sizeof(Shared) + bytes_of_weights<Element>(problem),
+        arrays, problem,
+        choose_tiling<Side::kQueries>(problem, rank, kUnfusedRows, Shared::kColumns));
   });
 }
 
@@ -168,16 +237,18 @@ cudaError_t run_operation(cudaStream_t stream, const AvArrays<Element>& arrays,
                           const Problem<kAxes>& problem, int rank) {
   return with_dim(problem.value_dim, [&](auto dim) {
     constexpr int kDim = decltype(dim)::value;
-    using Shared = WeightedShared<Element, kDim>;
-    return launch_tiles<Shared, Side::kQueries>(
-        stream, av_kernel<Element, kDim>, arrays, problem,
-        choose_tiling<Side::kQueries>(problem, rank, Shared::kRows, Shared::kColumns));
+    using Shared = AvShared<Element, kDim>;
+    return launch_tiles<Side::kQueries>(
+        stream, av_kernel<Element, kDim>, sizeof(Shared) + bytes_of_weights<Element>(problem),
+        arrays, problem,
+        choose_tiling<Side::kQueries>(problem, rank, kUnfusedRows, Shared::kColumns));
   });
 }
 
 template <typename Element>
 cudaError_t run_operation(cudaStream_t stream, const InverseArrays<Element>& arrays,
                           const Problem<kAxes>& problem, int rank) {
+  if (problem.slots() >= int64_t{1} << 31) return kNotServed;
   int64_t starts = 0;
   for (int a = 0; a < kAxes; ++a) {
     starts += geometry::min(2 * problem.window[a].kernel_size + kThreads,
@@ -186,10 +257,10 @@ cudaError_t run_operation(cudaStream_t stream, const InverseArrays<Element>& arr
   if (starts > kMostStarts) return kNotServed;
   return with_dim(problem.value_dim, [&](auto dim) {
     constexpr int kDim = decltype(dim)::value;
-    using Shared = WeightedShared<Element, kDim>;
-    return launch_tiles<Shared, Side::kKeys>(
-        stream, inverse_kernel<Element, kDim>, arrays, problem,
-        choose_tiling<Side::kKeys>(problem, rank, Shared::kRows, Shared::kColumns));
+    using Shared = InverseShared<Element, kDim>;
+    return launch_tiles<Side::kKeys>(
+        stream, inverse_kernel<Element, kDim>, sizeof(Shared), arrays, problem,
+        choose_tiling<Side::kKeys>(problem, rank, kUnfusedRows, Shared::kColumns));
   });
 }
 
