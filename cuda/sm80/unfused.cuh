@@ -22,30 +22,17 @@ size_t bytes_of_weights(const Problem<kAxes>& problem) {
   return kUnfusedRows * slots * sizeof(Element);
 }
 
-// The weights of a warp's rows one after the other, of which a lane has every kWarp-th.
-class WarpWeights {
- public:
-  __device__ WarpWeights(const int32_t (&rows)[kUnfusedRows], int slots)
-      : rows_(rows + first_row<1>()), slots_(slots), inverse_(1.f / slots) {}
-
-  __device__ int size() const { return 16 * slots_; }
-
-  // Where weight i is in shared memory.
-  __device__ int shared(int i) const { return first_row<1>() * slots_ + i; }
-
-  // Where it is in the array, -1 where it has no row.
-  __device__ int64_t in_array(int i) const {
-    // i / slots: far more exact than half an element in a row, which shared memory holds.
-    const auto row = static_cast<int>((i + 0.5f) * inverse_);
-    const int64_t number = rows_[row];
-    return number == kNoRow ? -1 : number * slots_ + i - row * slots_;
+// Calls visit(place in shared memory, place in the array) for all weights of the warp's rows.
+template <typename Visit>
+__device__ void for_each_weight(const int32_t (&rows)[kUnfusedRows], int slots, Visit&& visit) {
+  const int first = first_row<1>();
+  for (int i = first; i < first + 16; ++i) {
+    if (rows[i] == kNoRow) continue;
+    for (int slot = lane(); slot < slots; slot += kWarp) {
+      visit(i * slots + slot, static_cast<int64_t>(rows[i]) * slots + slot);
+    }
   }
-
- private:
-  const int32_t* rows_;
-  int slots_;
-  float inverse_;
-};
+}
 
 // Calls visit(result, where the pair's weight is) for the pairs of a tile that see each other.
 // Queries are rows of weights: those of the tile, or the columns' in the array.
@@ -105,9 +92,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   load_rows<kDim, kUnfusedRows>(shared.query.x, rows_of(arrays.query, tile.sample),
                                 shared.plan.source, dim);
   // Slots that stay without a key are 0.
-  const WarpWeights weights(shared.plan.row, slots);
-  for (int i = lane(); i < weights.size(); i += kWarp) shared.weights[weights.shared(i)] = {};
-  __syncwarp();
+  for_each_weight(shared.plan.row, slots, [&](int at, int64_t) { shared.weights[at] = {}; });
   for_each_tile(
       shared.plan,
       [&](int buffer, int slot) {
@@ -122,10 +107,8 @@ __global__ void __launch_bounds__(kThreads, 4)
         });
       });
   __syncwarp();
-  for (int i = lane(); i < weights.size(); i += kWarp) {
-    const int64_t at = weights.in_array(i);
-    if (at >= 0) attn[at] = shared.weights[weights.shared(i)];
-  }
+  for_each_weight(shared.plan.row, slots,
+                  [&](int at, int64_t in_array) { attn[in_array] = shared.weights[at]; });
 }
 
 // ---- av and inverse
@@ -184,22 +167,8 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 4 : 2)
   const TileIndex tile = tile_index<Side::kQueries>(p, tiling, blockIdx.x);
   make_plan<Family::kUnfused, Side::kQueries>(shared.plan, p, tiling, tile);
   const Element* attn = rows_of(arrays.attn, tile.sample);
-  const WarpWeights weights(shared.plan.row, static_cast<int>(p.slots()));
-  constexpr int kBatch = 8;  // that a lane has on their way from memory
-  for (int begin = lane(); begin < weights.size(); begin += kBatch * kWarp) {
-    Element batch[kBatch];
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      const int i = begin + b * kWarp;
-      const int64_t at = i < weights.size() ? weights.in_array(i) : -1;
-      batch[b] = at < 0 ? Element{} : attn[at];
-    }
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      const int i = begin + b * kWarp;
-      if (i < weights.size()) shared.weights[weights.shared(i)] = batch[b];
-    }
-  }
+  for_each_weight(shared.plan.row, static_cast<int>(p.slots()),
+                  [&](int at, int64_t in_array) { shared.weights[at] = attn[in_array]; });
   __syncwarp();
   sum_weighted<Side::kQueries, Element, kDim>(shared, arrays.out, arrays.value, shared.weights, p,
                                               tile.sample);
