@@ -27,7 +27,7 @@ __device__ void load_numbers(float* to, const float* from, const int32_t* column
 
 // A block has a tile of keys and kOut elements of both gradients. Reads delta.
 template <typename Element, int kDim, int kRows, int kOut>
-__global__ void __launch_bounds__(kThreads, kDim* kRows <= 64 * 64 ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, (kDim * kRows <= 64 * 64) ? 3 : 2)
     backward_keys_kernel(const __grid_constant__ BackwardArrays<Element> arrays,
                          const __grid_constant__ Problem<kAxes> p,
                          const __grid_constant__ Tiling tiling) {

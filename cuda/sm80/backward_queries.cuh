@@ -110,7 +110,7 @@ __device__ void find_shifts(float (&shift)[kBlocks][2], const int32_t (&rows)[kR
 }
 
 template <typename Element, int kDim, int kRows>
-__global__ void __launch_bounds__(kThreads, kDim* kRows <= 64 * 64 ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, (kDim * kRows <= 64 * 64) ? 3 : 2)
     backward_queries_kernel(const __grid_constant__ BackwardArrays<Element> arrays,
                             const __grid_constant__ Problem<kAxes> p,
                             const __grid_constant__ Tiling tiling) {
