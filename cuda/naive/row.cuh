@@ -17,14 +17,13 @@
 #include "cpu/problem.h"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/number.cuh"
+#include "cuda/common/warp.cuh"
 
 namespace jax_natten::naive {
 
 inline constexpr int kThreads = 128;           // of a block
 inline constexpr int kBlocksPerProcessor = 4;  // bounds the registers
-inline constexpr int kWarp = 32;
-inline constexpr unsigned kAllLanes = ~0u;
-inline constexpr int kPerLane = 8;  // elements of a row that a lane holds
+inline constexpr int kPerLane = 8;             // elements of a row that a lane holds
 
 // Neighbors whose rows are on their way from memory together.
 template <typename Element>

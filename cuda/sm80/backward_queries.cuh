@@ -98,15 +98,25 @@ __device__ void find_ds(Results<kBlocks, kTiles>& ds,
   }
 }
 
-// The lane's shifts of its rows.
-template <int kBlocks, int kRows>
-__device__ void find_shifts(float (&shift)[kBlocks][2], const int32_t (&rows)[kRows],
-                            const float* lse) {
-#pragma unroll
-  for (int i = 0; i < kBlocks * 2; ++i) {
-    const int32_t row = rows[row_of(first_row<kBlocks>(), i / 2, i % 2)];
-    shift[i / 2][i % 2] = weight_shift(row == kNoRow ? -INFINITY : lse[row]);
-  }
+// Starts copying what a tile's queries have.
+template <typename Element, int kDim, int kRows>
+__device__ void load_queries(BackwardQueriesShared<Element, kDim, kRows>& shared,
+                             const BackwardArrays<Element>& arrays, int64_t sample, int dim,
+                             int value_dim) {
+  const int32_t* rows = shared.plan.source;
+  load_rows<kDim, kRows>(shared.q.x, rows_of(arrays.q, sample), rows, dim);
+  load_rows<kDim, kRows>(shared.ct.x, rows_of(arrays.ct_out, sample), rows, value_dim);
+}
+
+// Starts copying what the keys planned in a slot have.
+template <typename Element, int kDim, int kRows>
+__device__ void load_keys(BackwardQueriesShared<Element, kDim, kRows>& shared,
+                          const BackwardArrays<Element>& arrays, int64_t sample, int dim,
+                          int value_dim, int buffer, int slot) {
+  constexpr int kColumns = BackwardQueriesShared<Element, kDim, kRows>::kColumns;
+  const int32_t* columns = shared.plan.column[slot];
+  load_rows<kDim, kColumns>(shared.k[buffer].x, rows_of(arrays.k, sample), columns, dim);
+  load_rows<kDim, kColumns>(shared.v[buffer].x, rows_of(arrays.v, sample), columns, value_dim);
 }
 
 template <typename Element, int kDim, int kRows>
@@ -126,9 +136,7 @@ __global__ void __launch_bounds__(kThreads, (kDim * kRows <= 64 * 64) ? 3 : 2)
   const int dim = static_cast<int>(p.dim), value_dim = static_cast<int>(p.value_dim);
   const int row = first_row<kBlocks>();
 
-  load_rows<kDim, kRows>(shared.q.x, rows_of(arrays.q, sample), shared.plan.source, dim);
-  load_rows<kDim, kRows>(shared.ct.x, rows_of(arrays.ct_out, sample), shared.plan.source,
-                         value_dim);
+  load_queries<Element, kDim, kRows>(shared, arrays, sample, dim, value_dim);
   find_delta<kDim>(shared.delta, shared.plan.row, arrays, sample, value_dim);
   float shift[kBlocks][2];
   find_shifts(shift, shared.plan.row, rows_of(arrays.lse, sample));
@@ -137,10 +145,7 @@ __global__ void __launch_bounds__(kThreads, (kDim * kRows <= 64 * 64) ? 3 : 2)
   for_each_tile(
       shared.plan,
       [&](int buffer, int slot) {
-        const int32_t* columns = shared.plan.column[slot];
-        load_rows<kDim, kColumns>(shared.k[buffer].x, rows_of(arrays.k, sample), columns, dim);
-        load_rows<kDim, kColumns>(shared.v[buffer].x, rows_of(arrays.v, sample), columns,
-                                  value_dim);
+        load_keys<Element, kDim, kRows>(shared, arrays, sample, dim, value_dim, buffer, slot);
       },
       [&](int buffer, int slot, bool is_rim) {
         Results<kBlocks, kColumns / 8> ds;

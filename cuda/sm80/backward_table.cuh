@@ -50,9 +50,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int64_t sample = tile.sample;
     make_plan<Family::kFused, Side::kQueries>(shared.plan, p, tiling, tile);
     const float* table = table_of(arrays.bias, sample, tile.head);
-    load_rows<kDim, kRows>(shared.q.x, rows_of(arrays.q, sample), shared.plan.source, dim);
-    load_rows<kDim, kRows>(shared.ct.x, rows_of(arrays.ct_out, sample), shared.plan.source,
-                           value_dim);
+    load_queries<Element, kDim, kRows>(shared, arrays, sample, dim, value_dim);
     if (threadIdx.x < kRows) {
       const int32_t row = shared.plan.row[threadIdx.x];
       shared.delta[threadIdx.x] = row == kNoRow ? 0 : rows_of(arrays.delta, sample)[row];
@@ -62,10 +60,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     for_each_tile(
         shared.plan,
         [&](int buffer, int slot) {
-          const int32_t* columns = shared.plan.column[slot];
-          load_rows<kDim, kColumns>(shared.k[buffer].x, rows_of(arrays.k, sample), columns, dim);
-          load_rows<kDim, kColumns>(shared.v[buffer].x, rows_of(arrays.v, sample), columns,
-                                    value_dim);
+          load_keys<Element, kDim, kRows>(shared, arrays, sample, dim, value_dim, buffer, slot);
         },
         [&](int buffer, int slot, bool is_rim) {
           Results<1, kColumns / 8> ds;

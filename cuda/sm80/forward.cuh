@@ -53,12 +53,6 @@ struct Softmax {
     }
     if (__any_sync(kAllLanes, moved)) out.scale_rows(shrink);
   }
-
-  __device__ float row_total(int m, int r) const {
-    float sum = total[m][r];
-    sum += __shfl_xor_sync(kAllLanes, sum, 1);
-    return sum + __shfl_xor_sync(kAllLanes, sum, 2);
-  }
 };
 
 template <typename Element, int kDim, int kRowCount>
@@ -113,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 && kRows == 64 ? 4 : 2)
 #pragma unroll
   for (int i = 0; i < kBlocks * 2; ++i) {
     const int m = i / 2, r = i % 2;
-    const float total = softmax.row_total(m, r);
+    const float total = sum_of_row(softmax.total[m][r]);
     const bool empty = total == 0;
     factor[m][r] = empty ? 0.f : 1 / total;
     const int32_t number = shared.plan.row[row_of(row, m, r)];

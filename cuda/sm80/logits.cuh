@@ -50,6 +50,23 @@ __device__ int first_row() {
   return static_cast<int>(threadIdx.x) / kWarp * kBlocks * 16;
 }
 
+// The shifts of the lane's rows.
+template <int kBlocks, int kRows>
+__device__ void find_shifts(float (&shift)[kBlocks][2], const int32_t (&rows)[kRows],
+                            const float* lse) {
+#pragma unroll
+  for (int i = 0; i < kBlocks * 2; ++i) {
+    const int32_t row = rows[row_of(first_row<kBlocks>(), i / 2, i % 2)];
+    shift[i / 2][i % 2] = weight_shift(row == kNoRow ? -INFINITY : lse[row]);
+  }
+}
+
+// The sum over the four lanes that share a row.
+__device__ inline float sum_of_row(float x) {
+  x += __shfl_xor_sync(kAllLanes, x, 1);
+  return x + __shfl_xor_sync(kAllLanes, x, 2);
+}
+
 // The lane's two columns in tile n of 8.
 __device__ inline int column_of(int n) { return n * 8 + lane() % 4 * 2; }
 

@@ -18,10 +18,10 @@
 
 #include "cpu/number.h"
 #include "cuda/common/number.cuh"
+#include "cuda/common/warp.cuh"
 
 namespace jax_natten::sm80 {
 
-inline constexpr int kWarp = 32;
 inline constexpr int kUnitBytes = 16;  // what a lane copies at once, and half of a product's depth
 
 template <typename Element>

@@ -12,8 +12,6 @@
 
 namespace jax_natten::sm80 {
 
-inline constexpr unsigned kAllLanes = ~0u;
-
 // Positions on one axis, as small as they are used: all fit in an int32.
 struct Span {
   int begin;

@@ -37,11 +37,8 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
 
   load_rows<kDim, kRows>(shared.q.x, rows_of(arrays.q, sample), shared.plan.source, dim);
   load_rows<kDim, kRows>(shared.dq.x, rows_of(arrays.dq, sample), shared.plan.source, dim);
-  float shift[2], dlse[2] = {0, 0};
-  for (int r = 0; r < 2; ++r) {
-    const int32_t number = shared.plan.row[row_of(row, 0, r)];
-    shift[r] = weight_shift(number == kNoRow ? -INFINITY : rows_of(arrays.lse, sample)[number]);
-  }
+  float shift[1][2], dlse[2] = {0, 0};
+  find_shifts(shift, shared.plan.row, rows_of(arrays.lse, sample));
   Results<1, kOut / 8> out, changed;
   out.clear();
   changed.clear();
@@ -74,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             float& weight = s.x[0][n][i];
-            weight = exp2_of(weight * scale.factor() - shift[i / 2]);
+            weight = exp2_of(weight * scale.factor() - shift[0][i / 2]);
             // What a row does not see may be anything, a NaN too.
             float& change = ds.x[0][n][i];
             change = weight == 0 ? 0 : weight * change;
@@ -90,8 +87,7 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
 
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    dlse[r] += __shfl_xor_sync(kAllLanes, dlse[r], 1);
-    dlse[r] += __shfl_xor_sync(kAllLanes, dlse[r], 2);
+    dlse[r] = sum_of_row(dlse[r]);
     const int32_t number = shared.plan.row[row_of(row, 0, r)];
     if (number != kNoRow && lane() % 4 == 0 && begin == 0) {
       rows_of(arrays.dlse, sample)[number] = dlse[r];

@@ -131,7 +131,8 @@ struct InverseShared : WeightedShared<Element, kDim> {
   int starts[kMostStarts];
 };
 
-// out, the sum of the columns' rows of x by their weights: weight(pair's place) in `weights`.
+// out, the sum of the columns' rows of x by their pairs' weights, which for_each_pair finds in
+// `weights`.
 template <Side kSide, typename Element, int kDim>
 __device__ void sum_weighted(WeightedShared<Element, kDim>& shared, const Tensor<Element>& out,
                              const Tensor<const Element>& x, const Element* weights,
