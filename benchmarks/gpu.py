@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from jax_natten import na1d, na1d_av, na1d_qk, na2d, na2d_av, na2d_qk, na3d, na3d_av, na3d_qk, window_indices
+from jax_natten import flops, na1d, na1d_av, na1d_qk, na2d, na2d_av, na2d_qk, na3d, na3d_av, na3d_qk, window_indices
 
 PLAIN_FLOPS = 66.9e12  # float32 multiply-adds of an H100 SXM: 132 processors, 128 lanes, 1.98 GHz
 COPY_SIZE, MATMUL_SIZE = 2**28, 8192
@@ -73,13 +73,6 @@ class Case:
             return np.maximum(leader - k + 1, 0), position + 1
         start = np.clip(leader - k // 2, 0, length - k)
         return start, start + k
-
-    @property
-    def product_flops(self) -> float:
-        """Of one product of queries and the keys that they see."""
-        bounds = (self.bounds(axis, np.arange(length)) for axis, length in enumerate(self.shape[1:-2]))
-        pairs = self.shape[0] * self.shape[-2] * prod(int((end - start).sum()) for start, end in bounds)
-        return 2.0 * pairs * self.shape[-1]
 
 
 CASES = {
@@ -229,7 +222,7 @@ def measure(name: str, operation: str, options: argparse.Namespace, copy_rate: f
     """A row; its ms is missing where the operation does not fit in memory."""
     case, dtype, repeats = CASES[name], options.dtype, options.repeats
     products, arrays, weights = OPERATIONS[operation]
-    useful = products * case.product_flops
+    useful = products * flops(case.shape, **case.window).forward / 2
     array_bytes, weights_bytes = (prod(s) * jnp.dtype(dtype).itemsize for s in (case.shape, case.weights_shape))
     floor = 1e3 * max(useful / PLAIN_FLOPS, (arrays * array_bytes + weights * weights_bytes) / copy_rate)
     row = dict(case=name, operation=operation, floor_ms=floor)

@@ -63,11 +63,12 @@ def _backward_avals(query, key, value, bias, frame, out, lse, *bars, config):
     return [same(query), same(key), same(value), same(bias)]
 
 
-def _backward_workspace(query, key, value, bias, frame, out, lse, *bars):
-    """lse_bar - out_bar . out of every query, in the layout of lse, and the parts in which bias_bar is summed."""
+def _backward_workspace(query, key, value, bias, frame, out, lse, *bars, platform):
+    """lse_bar - out_bar . out of every query, in the layout of lse, and the parts in which GPUs sum bias_bar."""
     rank = frame.shape[-1]
     leading, offsets = bias.shape[: bias.ndim - rank], bias.shape[bias.ndim - rank :]
-    parts = -(-TABLE_SUMS // max(math.prod(leading), 1))  # rounded up: at least 1, of a symbolic batch too
+    # Rounded up: at least 1, of a symbolic batch too.
+    parts = -(-TABLE_SUMS // max(math.prod(leading), 1)) if platform == "cuda" else 0
     return (
         jax.ShapeDtypeStruct(lse.shape, lse.dtype),
         jax.ShapeDtypeStruct((*leading, parts, *offsets), bias.dtype),

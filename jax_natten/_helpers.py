@@ -49,15 +49,16 @@ def window_indices(
     Raises:
       ValueError, TypeError: as `na2d` for the window; ValueError where spatial is not 1 to 3 positive lengths.
     """
-    window, spatial, slots = _slots(spatial, kernel_size, stride, dilation, is_causal, border)
+    window, spatial, axes = _axes(spatial, kernel_size, stride, dilation, is_causal, border)
     rank = window.rank
     coordinates = np.zeros((*spatial, *window.kernel_size, rank), np.int32)
     valid = np.ones((*spatial, *window.kernel_size), bool)
-    for axis, (key, present) in enumerate(slots):
+    for axis, placed in enumerate(axes):
+        slots = axis_slots(window, axis, np.arange(spatial[axis]), placed[:5])
         shape = [1] * (2 * rank)
-        shape[axis], shape[rank + axis] = key.shape
-        coordinates[..., axis] = key.reshape(shape)
-        valid &= present.reshape(shape)
+        shape[axis], shape[rank + axis] = slots.key.shape
+        coordinates[..., axis] = ((slots.key - placed.wrapped) % spatial[axis]).reshape(shape)
+        valid &= slots.present.reshape(shape)
     coordinates *= valid[..., None]
     return WindowIndices(coordinates.reshape(*spatial, window.volume, rank), valid.reshape(*spatial, window.volume))
 
@@ -90,21 +91,24 @@ def flops(
             f"query_shape: expected [batch, *spatial, heads, head_dim] of 4 to 6 axes, got {query_shape!r}"
         )
     batch, *spatial, heads, dim = query_shape
-    _, _, slots = _slots(spatial, kernel_size, stride, dilation, is_causal, border)
+    window, lengths, axes = _axes(spatial, kernel_size, stride, dilation, is_causal, border)
     value_dim = dim if value_dim is None else value_dim
-    pairs = batch * heads * prod(int(present.sum()) for _, present in slots)
+    pairs = batch * heads * prod(_pairs(window, axis, lengths[axis], placed) for axis, placed in enumerate(axes))
     return Flops(2 * pairs * (dim + value_dim), 2 * pairs * (3 * dim + 2 * value_dim))
 
 
-def _slots(
+def _axes(
     spatial: Sequence[int], kernel_size, stride, dilation, is_causal, border
-) -> tuple[Window, tuple[int, ...], list[tuple[np.ndarray, np.ndarray]]]:
-    """Per axis the key coordinates `[length, kernel_size]` and which of them exist."""
+) -> tuple[Window, tuple[int, ...], list]:
+    """The window, the lengths of the axes, and per axis where its tokens lie, checked."""
     spatial = check.spatial(spatial)
     window, borders = check.window(len(spatial), kernel_size, stride, dilation, is_causal, border)
     check.fits(window, borders, spatial)
-    slots = []
-    for axis, placed in enumerate(place(window, spatial, borders)):
-        found = axis_slots(window, axis, np.arange(spatial[axis]), placed[:5])
-        slots.append(((found.key - placed.wrapped) % spatial[axis], found.present))
-    return window, spatial, slots
+    return window, spatial, list(place(window, spatial, borders))
+
+
+def _pairs(window: Window, axis: int, length: int, placed) -> int:
+    """Pairs of a query with a key that it sees on one axis, counted a few million slots at a time."""
+    step = max(2**22 // window.kernel_size[axis], 1)
+    blocks = (np.arange(begin, min(begin + step, length)) for begin in range(0, length, step))
+    return sum(int(axis_slots(window, axis, queries, placed[:5]).present.sum()) for queries in blocks)

@@ -31,7 +31,7 @@ def define(
     reference: Callable,
     operands: Sequence[str],
     results: Sequence[str],
-    workspace: Callable = lambda *operands: (),
+    workspace: Callable = lambda *operands, platform: (),
     kernel_operands: Callable = lambda *operands, config: operands,
 ) -> Primitive:
     """The outer primitive of operation `name`.
@@ -42,7 +42,7 @@ def define(
         `shaped`, which keeps its sharding and varying axes.
       reference: (*operands, config) -> list of results, in pure JAX.
       operands, results: layouts (see `_partitioning`); the first operand decides how batch and heads are sharded.
-      workspace: (*operands) -> shapes and dtypes of further results that only the kernel uses.
+      workspace: (*operands, platform) -> shapes and dtypes of further results that only the kernel uses.
       kernel_operands: (*operands, config) -> the operands as the kernel takes them. Results that the kernel then
         gives in another shape are placeholders, and 0.
     """
@@ -59,13 +59,13 @@ def define(
         bind = jax.jit(functools.partial(_bind, primitive), static_argnames="config")
         primitive.def_impl(jax.disable_jit(False)(bind))  # jit of a bind recurses without end where jit is off
 
-    def run_kernel(*xs, config):
+    def run_kernel(platform, *xs, config):
         if config.backend == "reference":
             return reference(*xs, config=config)
         avals = abstract(*map(jax.typeof, xs), config=config)
         xs = kernel_operands(*xs, config=config)
         outs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in abstract(*map(jax.typeof, xs), config=config)]
-        call = jax.ffi.ffi_call(f"jax_natten_{name}", [*outs, *workspace(*xs)])
+        call = jax.ffi.ffi_call(f"jax_natten_{name}", [*outs, *workspace(*xs, platform=platform)])
         results = call(*xs, **config.attributes())
         return [
             out if out.shape == aval.shape else jnp.zeros(aval.shape, aval.dtype)
@@ -81,7 +81,8 @@ def define(
         return reference(*xs, config=config)
 
     for platform in KERNEL_PLATFORMS:
-        mlir.register_lowering(shard, mlir.lower_fun(run_kernel, multiple_results=True), platform=platform)
+        run = functools.partial(run_kernel, platform)
+        mlir.register_lowering(shard, mlir.lower_fun(run, multiple_results=True), platform=platform)
     mlir.register_lowering(shard, mlir.lower_fun(run_reference, multiple_results=True))
 
     @functools.lru_cache  # one partitioning a config: as a static argument, config would leak tracers
