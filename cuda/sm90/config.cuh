@@ -1,0 +1,118 @@
+// What a kernel is compiled for: the size of its tiles, who computes them, and where all lies in
+// shared memory.
+//
+// Three consumers where registers allow it: at head dim 64 the exponentials of a tile take as long
+// as its products, and three warpgroups hide one behind the other better than two.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/sm90/plan.cuh"
+#include "cuda/sm90/ptx.cuh"
+
+namespace jax_natten::sm90 {
+
+inline constexpr int kWarpgroup = 128;  // threads
+inline constexpr int kRows = 1 << kLogRows;
+
+// kConsumers warpgroups, each of 64 queries, go together through tiles of kKeys keys that lie in
+// kStages places. kBlocks run on a multiprocessor at once. kOverlaps: the logits of a tile are
+// computed while the weights of the one before are applied; else other blocks fill the gaps.
+template <typename Element_, int kDim_, int kKeys_, int kConsumers_, int kStages_, int kBlocks_,
+          bool kOverlaps_>
+struct Config {
+  using Element = Element_;
+  static constexpr int kDim = kDim_, kKeys = kKeys_, kConsumers = kConsumers_, kStages = kStages_;
+  static constexpr int kBlocks = kBlocks_;
+  static constexpr bool kOverlaps = kOverlaps_;
+
+  // A row lies in chunks of up to 128 bytes, all rows of a chunk one after the other, the 16-byte
+  // units of a row swizzled by its number.
+  static constexpr int kChannels = kDim % 64 == 0 ? 64 : 32;
+  static constexpr int kChunks = kDim / kChannels;
+  static constexpr int kRowBytes = kChannels * 2;
+  static constexpr int kQueryBytes = kRows * kDim * 2;  // of a consumer
+  static constexpr int kKeyBytes = kKeys * kDim * 2;    // of a stage
+
+  // The helpers follow the consumers: two warps, in a warpgroup of their own where consumers need
+  // the registers that helpers can give.
+  static constexpr bool kMovesRegisters = kConsumers > 1;
+  static constexpr int kHelpers = kMovesRegisters ? kWarpgroup : 2 * kWarp;
+  static constexpr int kThreads = kWarpgroup * kConsumers + kHelpers;
+  static constexpr int kHelperRegisters = kConsumers == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
+
+  // Outputs leave through memory of their own where there is room, so that the next queries can
+  // come while they do; else through that of the queries.
+  static constexpr int kOutBytes = kConsumers * kQueryBytes;
+  static constexpr bool kHasOut =
+      2 * kOutBytes + 2 * kStages * kKeyBytes + 8192 <= 227 * 1024 / kBlocks;
+};
+
+// Barriers in pairs: something is there, and its place is free again.
+struct Handover {
+  Barrier full;
+  Barrier free;
+};
+
+// Where a tile of keys begins, in positions from the first key that the block's queries see.
+struct KeyBox {
+  alignas(16) int begin[kAxes];
+};
+
+template <typename Config>
+struct Shared {
+  static constexpr int kStages = Config::kStages;
+  // More than stages: a warp may read a box after its warpgroup has given the stage back.
+  static constexpr int kBoxes = 2 * kStages;
+
+  alignas(1024) unsigned char q[Config::kConsumers][Config::kQueryBytes];
+  alignas(1024) unsigned char k[kStages][Config::kKeyBytes];
+  alignas(1024) unsigned char v[kStages][Config::kKeyBytes];
+  alignas(1024) unsigned char own_out[Config::kHasOut ? Config::kOutBytes : 1];
+  Plan<Config::kConsumers * kRows> plan[2];
+  KeyBox box[kBoxes];
+  Handover plans[2];
+  Handover queries[Config::kConsumers];
+  Handover keys[kStages];
+  Handover values[kStages];
+
+  __device__ __forceinline__ unsigned char* out(int consumer) {
+    return Config::kHasOut ? own_out + consumer * Config::kQueryBytes : q[consumer];
+  }
+
+  __device__ void init_barriers() {
+    for (Handover& plan : plans) {
+      plan.full.init(1);
+      plan.free.init(1 + 4 * Config::kConsumers);  // the producer and every consuming warp
+    }
+    for (Handover& query : queries) {
+      query.full.init(1);
+      query.free.init(1);
+    }
+    for (int i = 0; i < kStages; ++i) {
+      keys[i].full.init(1);
+      values[i].full.init(1);
+      keys[i].free.init(Config::kConsumers);
+      values[i].free.init(Config::kConsumers);
+    }
+    publish_barriers();
+  }
+};
+
+// The place in a ring, and the parity of the phase that its barriers are in.
+template <int kPlaces>
+struct Cursor {
+  int place = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++place == kPlaces) {
+      place = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+}  // namespace jax_natten::sm90

@@ -1,0 +1,224 @@
+// A consumer's way through the tiles of keys:
+//   s = q k^T, p = the weights of s, out = out * shrink + p v.
+//
+// Tiles that need a mask come first, then those that need none. While the matrix units work on
+// p v of one tile, the warpgroup takes the exponentials of the next one's s, whose product was begun
+// before.
+#pragma once
+
+#include "cuda/sm90/products.cuh"
+#include "cuda/sm90/softmax.cuh"
+
+namespace jax_natten::sm90 {
+
+// Where a product finds an operand in swizzled shared memory: its address and, where the summed
+// index runs over its rows, the distance of its chunks, in units of 16 bytes. All that changes
+// while a kernel runs is in this word, so that a step is one addition.
+__device__ __forceinline__ uint32_t operand_at(const void* memory, uint32_t chunk_bytes = 16) {
+  return shared_address(memory) >> 4 | (chunk_bytes >> 4) << 16;
+}
+
+// The operand so many bytes on. The high word: the distance of groups of 8 rows, and the swizzle.
+template <typename Config>
+__device__ __forceinline__ uint64_t operand(uint32_t word, uint32_t bytes) {
+  constexpr uint32_t kSwizzle = Config::kRowBytes == 128 ? 1 : 2;
+  constexpr uint32_t kHigh = (8 * Config::kRowBytes) >> 4 | kSwizzle << 30;
+  return uint64_t{kHigh} << 32 | (word + (bytes >> 4));
+}
+
+template <typename Config>
+struct Consumer {
+  static constexpr int kDim = Config::kDim, kKeys = Config::kKeys;
+  static constexpr int kLogits = kKeys / 2, kOutputs = kDim / 2;  // of a lane
+  using Element = typename Config::Element;
+
+  Shared<Config>& shared;
+  const Shape& shape;
+  int number;  // of the consumers, uniform
+  bool is_leader;
+  uint32_t q_word, k_word, v_word;
+  Cursor<Config::kStages> key, value;
+  Cursor<Shared<Config>::kBoxes> box;
+
+  __device__ __forceinline__ Consumer(Shared<Config>& shared, const Shape& shape, int number)
+      : shared(shared),
+        shape(shape),
+        number(number),
+        is_leader(threadIdx.x % kWarpgroup == 0),
+        q_word(operand_at(shared.q[number])),
+        k_word(operand_at(shared.k[0])),
+        v_word(operand_at(shared.v[0], kKeys * Config::kRowBytes)) {}
+
+  // s = q k^T, begun.
+  __device__ __forceinline__ void begin_logits(float (&s)[kLogits]) {
+    constexpr int kSteps = Config::kChannels / 16;  // of a chunk
+    const uint32_t k = k_word + key.place * (Config::kKeyBytes >> 4);
+#pragma unroll
+    for (int i = 0; i < kDim / 16; ++i) {
+      const int chunk = i / kSteps, within = i % kSteps * 32;
+      Product<Element, kKeys>::rows(
+          s, operand<Config>(q_word, chunk * kRows * Config::kRowBytes + within),
+          operand<Config>(k, chunk * kKeys * Config::kRowBytes + within), i > 0);
+    }
+    commit_products();
+  }
+
+  // out += p v, begun.
+  __device__ __forceinline__ void begin_outputs(float (&out)[kOutputs],
+                                                const uint32_t (&p)[kLogits / 2]) {
+    const uint32_t v = v_word + value.place * (Config::kKeyBytes >> 4);
+#pragma unroll
+    for (int i = 0; i < kKeys / 16; ++i) {
+      Product<Element, kDim>::weights(out, p + 4 * i,
+                                      operand<Config>(v, i * 16 * Config::kRowBytes));
+    }
+    commit_products();
+  }
+
+  // Weights in the order in which the product wants them, which is that of logits.
+  __device__ __forceinline__ static void round(const float (&s)[kLogits],
+                                               uint32_t (&p)[kLogits / 2]) {
+#pragma unroll
+    for (int i = 0; i < kLogits / 2; ++i) p[i] = pair<Element>(s[2 * i], s[2 * i + 1]);
+  }
+
+  __device__ __forceinline__ static void scale_rows(float (&out)[kOutputs],
+                                                    const float (&factor)[kLaneRows]) {
+#pragma unroll
+    for (int i = 0; i < kOutputs; ++i) out[i] *= factor[i / 2 % 2];
+  }
+
+  template <int kPlaces>
+  __device__ __forceinline__ void give_back(Handover (&places)[kPlaces],
+                                            Cursor<kPlaces>& cursor) {
+    if (is_leader) places[cursor.place].free.arrive();
+    cursor.advance();
+  }
+
+  // The tile whose logits come next: its mask is worked out while they are computed.
+  template <bool kMasked>
+  __device__ __forceinline__ void find_words(const Mask& mask,
+                                             uint32_t (&words)[kLaneRows][2]) {
+    if constexpr (kMasked) mask.words_of(shared.box[box.place], shape, words);
+  }
+
+  // Before the values of a tile are used, of a plan that has missing ones.
+  template <typename Plan>
+  __device__ __forceinline__ void clear_values(const Plan& plan, int place, uint32_t parity,
+                                               int box_place) {
+    shared.values[place].full.wait(parity);
+    clear_missing_values<Config>(shared.v[place], plan, shape, shared.box[box_place], 1 + number);
+  }
+
+  // All tiles of keys of a plan, which has at least one.
+  template <typename Plan>
+  __device__ __forceinline__ void run(const Plan& plan, const Mask& mask, Softmax& softmax,
+                                      float (&out)[kOutputs]) {
+    const int tiles = plan.tile_count(), rim = tiles - plan.inner_count();
+    const bool clears = plan.has_missing_keys;
+    int tile = 0;
+    float s[kLogits];
+    uint32_t p[kLogits / 2];
+    float shrink[kLaneRows];
+
+    // Logits of the next tile, then weights and outputs.
+    const auto one_by_one = [&](auto masked) __attribute__((always_inline)) {
+      constexpr bool kMasked = decltype(masked)::value;
+      uint32_t words[kLaneRows][2];
+      shared.keys[key.place].full.wait(key.parity);
+      pin(s);
+      begin_products();
+      begin_logits(s);
+      find_words<kMasked>(mask, words);
+      wait_for_products<0>();
+      pin(s);
+      give_back(shared.keys, key);
+      if constexpr (kMasked) apply_mask(s, words);
+      softmax.add(s, shrink);
+      scale_rows(out, shrink);
+      round(s, p);
+      if (kMasked && clears) clear_values(plan, value.place, value.parity, box.place);
+      shared.values[value.place].full.wait(value.parity);
+      pin(out);
+      pin(p);
+      begin_products();
+      begin_outputs(out, p);
+      wait_for_products<0>();
+      pin(out);
+      pin(p);
+      give_back(shared.values, value);
+      box.advance();
+    };
+
+    // The first tile's logits.
+    const auto first = [&](auto masked) __attribute__((always_inline)) {
+      constexpr bool kMasked = decltype(masked)::value;
+      uint32_t words[kLaneRows][2];
+      shared.keys[key.place].full.wait(key.parity);
+      pin(s);
+      begin_products();
+      begin_logits(s);
+      find_words<kMasked>(mask, words);
+      wait_for_products<0>();
+      pin(s);
+      give_back(shared.keys, key);
+      if constexpr (kMasked) apply_mask(s, words);
+      softmax.add(s, shrink);
+      round(s, p);
+      if (kMasked && clears) clear_values(plan, value.place, value.parity, box.place);
+      box.advance();
+    };
+
+    // Logits of a tile while the outputs of the one before are computed.
+    const auto overlapped = [&](auto masked) __attribute__((always_inline)) {
+      constexpr bool kMasked = decltype(masked)::value;
+      uint32_t words[kLaneRows][2];
+      shared.keys[key.place].full.wait(key.parity);
+      pin(s);
+      pin(out);
+      pin(p);
+      begin_products();
+      begin_logits(s);
+      shared.values[value.place].full.wait(value.parity);
+      begin_products();
+      begin_outputs(out, p);
+      find_words<kMasked>(mask, words);
+      wait_for_products<1>();
+      pin(s);
+      give_back(shared.keys, key);
+      if constexpr (kMasked) apply_mask(s, words);
+      softmax.add(s, shrink);
+      wait_for_products<0>();
+      pin(out);
+      pin(p);
+      give_back(shared.values, value);
+      round(s, p);
+      scale_rows(out, shrink);
+      if (kMasked && clears) clear_values(plan, value.place, value.parity, box.place);
+      box.advance();
+    };
+
+    if constexpr (Config::kOverlaps) {
+      if (rim > 0) {
+        first(std::true_type{});
+      } else {
+        first(std::false_type{});
+      }
+      for (tile = 1; tile < rim; ++tile) overlapped(std::true_type{});
+      for (; tile < tiles; ++tile) overlapped(std::false_type{});
+      shared.values[value.place].full.wait(value.parity);
+      pin(out);
+      pin(p);
+      begin_products();
+      begin_outputs(out, p);
+      wait_for_products<0>();
+      pin(out);
+      give_back(shared.values, value);
+    } else {
+      for (; tile < rim; ++tile) one_by_one(std::true_type{});
+      for (; tile < tiles; ++tile) one_by_one(std::false_type{});
+    }
+  }
+};
+
+}  // namespace jax_natten::sm90

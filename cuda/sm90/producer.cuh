@@ -1,0 +1,125 @@
+// The warps that bring what the consumers work on: one plans tiles of queries ahead, and one thread
+// has the copy engine load the queries and the tiles of keys and values.
+#pragma once
+
+#include "cuda/sm90/config.cuh"
+#include "cuda/sm90/tensor_map.h"
+
+namespace jax_natten::sm90 {
+
+// The tiles of queries of a block: every gridDim.x-th.
+template <typename Visit>
+__device__ __forceinline__ void for_each_query_tile(unsigned count, Visit&& visit) {
+  for (unsigned number = blockIdx.x; number < count; number += gridDim.x) visit(number);
+}
+
+template <typename Config>
+__device__ void run_planner(Shared<Config>& shared, const Problem<kAxes>& problem,
+                            const Shape& shape, unsigned count) {
+  Cursor<2> cursor;
+  for_each_query_tile(count, [&](unsigned number) {
+    Handover& handover = shared.plans[cursor.place];
+    handover.free.wait(cursor.parity ^ 1);
+    make_plan(shared.plan[cursor.place], problem, shape, number);
+    __syncwarp();
+    if (threadIdx.x % kWarp == 0) handover.full.arrive();
+    cursor.advance();
+  });
+}
+
+template <typename Config>
+struct Producer {
+  Shared<Config>& shared;
+  const Maps& maps;
+  const Problem<kAxes>& problem;
+  const Shape& shape;
+  Cursor<Config::kStages> stage;
+  Cursor<Shared<Config>::kBoxes> boxes;
+
+  // All chunks of the rows of a head.
+  template <int kRowCount>
+  __device__ __forceinline__ void load(unsigned char* to, const CUtensorMap* map, Barrier& full,
+                                       int head, const int (&at)[kAxes], int sample) {
+    full.arrive_expecting(kRowCount * Config::kDim * 2);
+#pragma unroll
+    for (int chunk = 0; chunk < Config::kChunks; ++chunk) {
+      const int channel = head * Config::kDim + chunk * Config::kChannels;
+      load_box(shared_address(to) + chunk * kRowCount * Config::kRowBytes, map, &full,
+               {channel, at[2], at[1], at[0], sample});
+    }
+  }
+
+  template <typename Plan>
+  __device__ __forceinline__ void load_queries(const Plan& plan, uint32_t parity) {
+#pragma unroll
+    for (int consumer = 0; consumer < Config::kConsumers; ++consumer) {
+      int at[kAxes];
+#pragma unroll
+      for (int a = 0; a < kAxes; ++a) {
+        const int step = a == shape.consumers_axis ? consumer << shape.log_rows[a] : 0;
+        at[a] = plan.query[a] + step * static_cast<int>(problem.window[a].dilation);
+      }
+      Handover& queries = shared.queries[consumer];
+      queries.free.wait(parity ^ 1);
+      load<kRows>(shared.q[consumer], &maps.q, queries.full, plan.head, at, plan.sample);
+    }
+  }
+
+  template <typename Plan>
+  __device__ __forceinline__ void load_keys(const Plan& plan, int z, int y, int x) {
+    const int tile[kAxes] = {z, y, x};
+    int at[kAxes];
+    Handover& keys = shared.keys[stage.place];
+    Handover& values = shared.values[stage.place];
+    keys.free.wait(stage.parity ^ 1);
+#pragma unroll
+    for (int a = 0; a < kAxes; ++a) {
+      const int begin = tile[a] * shape.keys[a];
+      shared.box[boxes.place].begin[a] = begin;
+      at[a] = plan.key[a] + begin * static_cast<int>(problem.window[a].dilation);
+    }
+    load<Config::kKeys>(shared.k[stage.place], &maps.k, keys.full, plan.kv_head, at, plan.sample);
+    values.free.wait(stage.parity ^ 1);
+    load<Config::kKeys>(shared.v[stage.place], &maps.v, values.full, plan.kv_head, at,
+                        plan.sample);
+    stage.advance();
+    boxes.advance();
+  }
+
+  // First the tiles that need a mask, then those that every query sees whole.
+  template <typename Plan>
+  __device__ __forceinline__ void load_all_keys(const Plan& plan) {
+    for (int z = 0; z < plan.tiles[0]; ++z) {
+      for (int y = 0; y < plan.tiles[1]; ++y) {
+        for (int x = 0; x < plan.tiles[2]; ++x) {
+          if (!plan.is_inner(z, y, x)) load_keys(plan, z, y, x);
+        }
+      }
+    }
+    for (int z = plan.inner[0].begin; z < plan.inner[0].end; ++z) {
+      for (int y = plan.inner[1].begin; y < plan.inner[1].end; ++y) {
+        for (int x = plan.inner[2].begin; x < plan.inner[2].end; ++x) load_keys(plan, z, y, x);
+      }
+    }
+  }
+
+  __device__ void run(unsigned count) {
+    prefetch(&maps.q);
+    prefetch(&maps.k);
+    prefetch(&maps.v);
+    Cursor<2> plans;
+    uint32_t parity = 0;
+    for_each_query_tile(count, [&](unsigned) {
+      Handover& handover = shared.plans[plans.place];
+      handover.full.wait(plans.parity);
+      const auto& plan = shared.plan[plans.place];
+      load_queries(plan, parity);
+      load_all_keys(plan);
+      handover.free.arrive();
+      plans.advance();
+      parity ^= 1;
+    });
+  }
+};
+
+}  // namespace jax_natten::sm90

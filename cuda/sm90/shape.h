@@ -1,0 +1,202 @@
+// The choice of shapes, on the host: which box of queries a block has, and which box of keys is a
+// tile.
+//
+// The keys that a block's queries see together are a box that begins anywhere; tiles cover it from
+// its beginning. A shape costs what its blocks and tiles take, and how many there are is a product
+// over the axes.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/sm80/tiling.h"
+
+namespace jax_natten::sm90 {
+
+using sm80::frame_of;
+using sm80::in_three_axes;
+using sm80::kAxes;
+using sm80::Side;
+
+inline constexpr int kLogRows = 6;  // a consumer has 64 queries
+inline constexpr int kRun = 8;      // keys of a tile come in runs of 8 along the last axis
+
+struct Shape {
+  int rank;                // axes that the frame has
+  int log_rows[kAxes];     // a consumer's box of queries, in positions
+  int consumers_axis;      // along which the boxes of a block's consumers follow each other
+  int queries[kAxes];      // a block's box of queries
+  int keys[kAxes];         // a tile of keys
+  int query_tiles[kAxes];  // blocks along a dilation group
+  // A mask has a bit for each run of a tile. Bits of neighbors on an axis are `stride` apart; the
+  // pattern of an axis is that of its `period` bits, times `repeat` for all of the tile.
+  int stride[kAxes];
+  uint32_t period[kAxes];
+  uint32_t repeat[kAxes];
+  float scale;             // of the logits
+  double cost;             // of all blocks of a head
+};
+
+// What a multiprocessor takes, in cycles: for a block, for a tile of keys that some of its queries
+// see in part, and for one that all of them see whole.
+struct Costs {
+  double block;
+  double rim;
+  double inner;
+};
+
+// What blocks of so many queries along an axis see: some of the blocks, evenly spread.
+struct AxisBlocks {
+  static constexpr int kSome = 32;
+
+  int count;              // of those here
+  double all;             // how many blocks there are for one here
+  int seen[kSome];        // keys that some query of a block sees
+  int inner_begin[kSome]; // and, counted from the first of them, those that every query sees
+  int inner_end[kSome];
+
+  AxisBlocks() : count(-1) {}
+  AxisBlocks(const Problem<kAxes>& problem, int axis, int queries) {
+    const AxisWindow& window = problem.window[axis];
+    const int64_t size = problem.query_shape[axis], keys = problem.key_shape[axis];
+    const int64_t groups = sm80::row_groups<Side::kQueries>(problem, axis);
+    const int64_t blocks =
+        geometry::ceil_div(sm80::row_positions<Side::kQueries>(problem, axis), queries);
+    // Where one array is longer than the other, by its halo, the other lies in its middle.
+    const int64_t extent = geometry::max(size, keys);
+    const AxisFrame frame{extent, (extent - size) / 2, size, (extent - keys) / 2, keys};
+    const auto seen_by = [&](int64_t index) {
+      return geometry::keys_seen(window, frame,
+                                 geometry::locate(window, extent, frame.query_origin + index));
+    };
+    count = static_cast<int>(geometry::min(blocks, kSome));
+    all = static_cast<double>(blocks * groups) / count;
+    for (int i = 0; i < count; ++i) {
+      const int64_t block = (2 * i + 1) * blocks / (2 * count);
+      const int64_t first = block * queries * window.dilation + i % groups;
+      if (first >= size) {
+        seen[i] = inner_begin[i] = inner_end[i] = 0;
+        continue;
+      }
+      const int64_t steps =
+          geometry::min(queries, geometry::ceil_div(size - first, window.dilation)) - 1;
+      const geometry::Interval of_first = seen_by(first);
+      const geometry::Interval of_last = seen_by(first + steps * window.dilation);
+      seen[i] = static_cast<int>(geometry::max(of_last.end - of_first.begin, 0));
+      inner_begin[i] = static_cast<int>(geometry::max(of_last.begin - of_first.begin, 0));
+      inner_end[i] = static_cast<int>(geometry::max(of_first.end - of_first.begin, 0));
+    }
+  }
+
+  // Tiles of so many keys: all, and those that every query sees whole.
+  double tiles(int keys) const {
+    int sum = 0;
+    for (int i = 0; i < count; ++i) sum += (seen[i] + keys - 1) / keys;
+    return sum * all;
+  }
+  double inner_tiles(int keys) const {
+    int sum = 0;
+    for (int i = 0; i < count; ++i) {
+      const int tiles = inner_end[i] / keys - (inner_begin[i] + keys - 1) / keys;
+      sum += tiles > 0 ? tiles : 0;
+    }
+    return sum * all;
+  }
+};
+
+// Bits of masks: see Shape.
+inline void finish_masks(Shape& shape) {
+  const int runs = shape.keys[2] / kRun, rows = shape.keys[1], planes = shape.keys[0];
+  const auto ones = [](int count) { return count >= 32 ? ~0u : (1u << count) - 1; };
+  const auto every = [](int stride, int count) {
+    uint32_t bits = 0;
+    for (int i = 0; i < count; ++i) bits |= 1u << (i * stride);
+    return bits;
+  };
+  const int stride[kAxes] = {runs * rows, runs, 1};
+  const uint32_t period[kAxes] = {~0u, ones(runs * rows), ones(runs)};
+  const uint32_t repeat[kAxes] = {1, every(runs * rows, planes), every(runs, rows * planes)};
+  for (int a = 0; a < kAxes; ++a) {
+    shape.stride[a] = stride[a];
+    shape.period[a] = period[a];
+    shape.repeat[a] = repeat[a];
+  }
+}
+
+// The copy engine's limits on a box.
+inline constexpr int64_t kMostStep = 8;      // between its elements along an axis
+inline constexpr int64_t kMostExtent = 256;  // steps included
+
+constexpr bool fits_box(int64_t count, int64_t step) {
+  return step <= kMostStep && (count - 1) * step + 1 <= kMostExtent;
+}
+
+// The shape of least cost for blocks of so many consumers and tiles of so many keys; its cost is
+// negative where the copy engine can load none.
+inline Shape choose_shape(const Problem<kAxes>& problem, int rank, int consumers, int keys,
+                          const Costs& costs) {
+  AxisBlocks known[kAxes][2][kLogRows + 1];  // of one consumer, and of all
+  const auto blocks_along = [&](int axis, bool all, int log_rows) -> const AxisBlocks& {
+    AxisBlocks& blocks = known[axis][all][log_rows];
+    if (blocks.count < 0) {
+      blocks = AxisBlocks(problem, axis, (all ? consumers : 1) << log_rows);
+    }
+    return blocks;
+  };
+  const auto fits = [&](int axis, int count) {
+    return fits_box(count, problem.window[axis].dilation);
+  };
+  // Not half of whose rows are missing; the last axis takes what is left.
+  const auto is_useful = [&](int axis, int log_rows) {
+    return fits(axis, 1 << log_rows) &&
+           (log_rows == 0 ||
+            1 << log_rows < 2 * sm80::row_positions<Side::kQueries>(problem, axis));
+  };
+  Shape best{};
+  best.cost = -1;
+  const auto try_queries = [&](const int (&log_rows)[kAxes], int side) {
+    Shape shape{};
+    shape.rank = rank;
+    shape.scale = static_cast<float>(problem.scale);
+    shape.consumers_axis = side;
+    const AxisBlocks* axes[kAxes];
+    double blocks = 1;
+    for (int a = 0; a < kAxes; ++a) {
+      const bool all = a == side;
+      axes[a] = &blocks_along(a, all, log_rows[a]);
+      shape.log_rows[a] = log_rows[a];
+      shape.queries[a] = (all ? consumers : 1) << log_rows[a];
+      shape.query_tiles[a] = static_cast<int>(geometry::ceil_div(
+          sm80::row_positions<Side::kQueries>(problem, a), shape.queries[a]));
+      blocks *= axes[a]->all * axes[a]->count;
+    }
+    const int runs = keys / kRun;
+    for (int x = runs; x >= 1; --x) {
+      if (runs % x != 0 || !fits(2, x * kRun)) continue;
+      const int row_runs = x * kRun;
+      const double x_tiles = axes[2]->tiles(row_runs), x_inner = axes[2]->inner_tiles(row_runs);
+      for (int y = runs / x; y >= 1; --y) {
+        const int z = runs / x / y;
+        if (x * y * z != runs || !fits(1, y) || !fits(0, z)) continue;
+        const double tiles = x_tiles * axes[1]->tiles(y) * axes[0]->tiles(z);
+        const double inner = x_inner * axes[1]->inner_tiles(y) * axes[0]->inner_tiles(z);
+        const double cost = blocks * costs.block + (tiles - inner) * costs.rim + inner * costs.inner;
+        // Of nearly equals the first, which has the longest rows.
+        if (best.cost >= 0 && cost >= 0.995 * best.cost) continue;
+        best = shape;
+        best.keys[0] = z, best.keys[1] = y, best.keys[2] = row_runs;
+        best.cost = cost;
+      }
+    }
+  };
+  for (int z = 0; z <= kLogRows && is_useful(0, z); ++z) {
+    for (int y = 0; y + z <= kLogRows && is_useful(1, y); ++y) {
+      const int log_rows[kAxes] = {z, y, kLogRows - y - z};
+      if (!fits(kAxes - 1, 1 << log_rows[kAxes - 1])) continue;
+      for (int side = kAxes - 1; side >= kAxes - rank; --side) try_queries(log_rows, side);
+    }
+  }
+  finish_masks(best);
+  return best;
+}
+
+}  // namespace jax_natten::sm90

@@ -1,0 +1,23 @@
+// The kernels for Hopper as the dispatcher calls them: fused forward of half types.
+//
+// This header only declares them; the .cuh files define them, and every generated source compiles
+// one operation for one element type.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "cpu/operands.h"
+
+namespace jax_natten::sm90 {
+
+// What run gives, without having launched anything, where these kernels cannot serve a call.
+inline constexpr cudaError_t kNotServed = cudaErrorNotSupported;
+
+template <template <typename, int> class Operands, typename Element>
+struct Operation {
+  static cudaError_t run(cudaStream_t, const Operands<Element, 1>&);
+  static cudaError_t run(cudaStream_t, const Operands<Element, 2>&);
+  static cudaError_t run(cudaStream_t, const Operands<Element, 3>&);
+};
+
+}  // namespace jax_natten::sm90

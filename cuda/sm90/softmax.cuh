@@ -1,0 +1,64 @@
+// The softmax of a lane's queries, whose keys come tile by tile:
+//   weight = exp2(factor * (logit - largest)), total = sum of weights, lse = log(total) + largest,
+// with the largest logit so far; what was summed before is rescaled when it moves.
+#pragma once
+
+#include "cuda/sm90/mask.cuh"
+
+namespace jax_natten::sm90 {
+
+inline constexpr float kLn2 = 0.6931471805599453f;
+inline constexpr float kLog2E = 1.4426950408889634f;
+
+struct Softmax {
+  float factor;              // of logits, to powers of two; positive
+  float largest[kLaneRows];  // logit, before the factor
+  float total[kLaneRows];    // of the lane's weights
+
+  __device__ __forceinline__ explicit Softmax(float scale)
+      : factor(scale * kLog2E), largest{-INFINITY, -INFINITY}, total{0, 0} {}
+
+  // Logits become weights; `shrink` is what earlier weights are to be multiplied by.
+  template <int kCount>
+  __device__ __forceinline__ void add(float (&s)[kCount], float (&shrink)[kLaneRows]) {
+#pragma unroll
+    for (int r = 0; r < kLaneRows; ++r) {
+      float top = largest[r];
+#pragma unroll
+      for (int run = 0; run < kCount / 4; ++run) {
+        top = fmaxf(top, fmaxf(s[4 * run + 2 * r], s[4 * run + 2 * r + 1]));
+      }
+      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
+      const float shift = top == -INFINITY ? 0.f : top * factor;
+      shrink[r] = exp2_of(largest[r] * factor - shift);
+      largest[r] = top;
+      float sum = 0;
+#pragma unroll
+      for (int run = 0; run < kCount / 4; ++run) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& x = s[4 * run + 2 * r + e];
+          x = exp2_of(x * factor - shift);
+          sum += x;
+        }
+      }
+      total[r] = total[r] * shrink[r] + sum;
+    }
+  }
+
+  // After the last tile: totals of the queries.
+  __device__ __forceinline__ void finish() {
+#pragma unroll
+    for (float& sum : total) {
+      sum += __shfl_xor_sync(kAllLanes, sum, 1);
+      sum += __shfl_xor_sync(kAllLanes, sum, 2);
+    }
+  }
+
+  __device__ __forceinline__ float lse(int r) const {
+    return largest[r] * factor * kLn2 + logf(total[r]);
+  }
+};
+
+}  // namespace jax_natten::sm90
