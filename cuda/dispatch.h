@@ -9,6 +9,7 @@
 #include "cpu/operands.h"
 #include "cuda/naive/naive.h"
 #include "cuda/sm80/sm80.h"
+#include "cuda/sm90/sm90.h"
 
 namespace jax_natten {
 
@@ -26,8 +27,20 @@ template <template <typename, int> class Operands>
 inline constexpr bool kHasSm80 = false;
 #endif
 
+// Whether there are kernels for Hopper for an operation.
+template <template <typename, int> class Operands>
+inline constexpr bool kHasSm90 = false;
+#ifdef JAX_NATTEN_HAS_SM90
+template <>
+inline constexpr bool kHasSm90<ForwardOperands> = true;
+#endif
+
 template <template <typename, int> class Operands, typename Element, int Rank>
 cudaError_t dispatch(cudaStream_t stream, const Operands<Element, Rank>& operands) {
+  if constexpr (kHasSm90<Operands> && sizeof(Element) == 2) {
+    const cudaError_t error = sm90::Operation<Operands, Element>::run(stream, operands);
+    if (error != sm90::kNotServed) return error;
+  }
   if constexpr (kHasSm80<Operands> && !std::is_same_v<Element, double>) {
     const cudaError_t error = sm80::Operation<Operands, Element>::run(stream, operands);
     if (error != sm80::kNotServed) return error;

@@ -56,9 +56,9 @@ struct Handover {
   Barrier free;
 };
 
-// Where a tile of keys begins, in positions from the first key that the block's queries see.
+// Where a tile of keys begins, in bits of masks from the first key that the block's queries see.
 struct KeyBox {
-  alignas(16) int begin[kAxes];
+  alignas(16) int bit[kAxes];
 };
 
 template <typename Config>
@@ -74,6 +74,7 @@ struct Shared {
   Plan<Config::kConsumers * kRows> plan[2];
   KeyBox box[kBoxes];
   Handover plans[2];
+  Barrier windows[2];  // the plan's, which are there later
   Handover queries[Config::kConsumers];
   Handover keys[kStages];
   Handover values[kStages];
@@ -87,6 +88,7 @@ struct Shared {
       plan.full.init(1);
       plan.free.init(1 + 4 * Config::kConsumers);  // the producer and every consuming warp
     }
+    for (Barrier& window : windows) window.init(1);
     for (Handover& query : queries) {
       query.full.init(1);
       query.free.init(1);

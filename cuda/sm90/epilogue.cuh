@@ -66,7 +66,7 @@ struct Epilogue {
 #pragma unroll
     for (int r = 0; r < kLaneRows; ++r) {
       // Tiles without a mask are seen whole by the queries that see any key; others stay empty.
-      const bool empty = !mask.sees_any(r) || softmax.total[r] == 0;
+      const bool empty = !mask.sees_any[r] || softmax.total[r] == 0;
       factor[r] = empty ? 0.f : 1 / softmax.total[r];
       int64_t token = 0;
       bool exists = lane_id() % 4 == 0;

@@ -1,8 +1,11 @@
 """Writes products.cuh: the warpgroup's matrix instructions, which name every accumulator in their text.
 
-The build runs it. One struct `Product` for each element type and width: 64 rows by `width` columns are added to, 16 of
+The build runs it, with the path to write to. One struct `Product` for each element type and width: 64 rows by `width` columns are added to, 16 of
 the summed index at a time.
 """
+
+import sys
+from pathlib import Path
 
 ROWS_WIDTHS = (64, 96, 128)  # tiles of keys: logits
 WEIGHTS_WIDTHS = (32, 64, 96, 128, 192, 256)  # head dims: outputs
@@ -58,8 +61,11 @@ def product(width, element, type):
     return text + "};\n"
 
 
-print(HEADER, end="")
-for element, type in TYPES.items():
-    for width in sorted({*ROWS_WIDTHS, *WEIGHTS_WIDTHS}):
-        print(product(width, element, type), end="")
-print("\n}  // namespace jax_natten::sm90")
+products = [
+    product(width, element, type)
+    for element, type in TYPES.items()
+    for width in sorted({*ROWS_WIDTHS, *WEIGHTS_WIDTHS})
+]
+path = Path(sys.argv[1])
+path.parent.mkdir(parents=True, exist_ok=True)
+path.write_text(HEADER + "".join(products) + "\n}  // namespace jax_natten::sm90\n")

@@ -10,14 +10,14 @@ namespace jax_natten::sm90 {
 template <typename Config>
 __device__ void consume(Shared<Config>& shared, const Maps& maps, const Tensor<float>& lse,
                         const Problem<kAxes>& problem, const Shape& shape, int number,
-                        unsigned count) {
+                        const QueryTiles& tiles) {
   Consumer<Config> consumer(shared, shape, number);
   Epilogue<Config> epilogue{shared, maps, lse, problem, shape, number, consumer.is_leader};
   Cursor<2> plans;
   uint32_t parity = 0;
-  for_each_query_tile(count, [&](unsigned) __attribute__((always_inline)) {
+  tiles.for_each([&](unsigned) __attribute__((always_inline)) {
     Handover& handover = shared.plans[plans.place];
-    handover.full.wait(plans.parity);
+    shared.windows[plans.place].wait(plans.parity);
     const auto& plan = shared.plan[plans.place];
     const Mask mask(plan, shape, number);
     Softmax softmax(shape.scale);
@@ -26,8 +26,14 @@ __device__ void consume(Shared<Config>& shared, const Maps& maps, const Tensor<f
     for (float& x : out) x = 0;
     Handover& queries = shared.queries[number];
     queries.full.wait(parity);
-    if (plan.tile_count() > 0) consumer.run(plan, mask, softmax, out);
-    if (Config::kHasOut && consumer.is_leader) queries.free.arrive();
+    const auto give_queries_back = [&] {
+      if (Config::kHasOut && consumer.is_leader) queries.free.arrive();
+    };
+    if (plan.tile_count() > 0) {
+      consumer.run(plan, mask, softmax, out, give_queries_back);
+    } else {
+      give_queries_back();
+    }
     epilogue.run(plan, mask, softmax, out);
     if (!Config::kHasOut && consumer.is_leader) queries.free.arrive();
     __syncwarp();
@@ -42,7 +48,8 @@ template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     forward_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Tensor<float> lse,
                    const __grid_constant__ Problem<kAxes> problem,
-                   const __grid_constant__ Shape shape, const unsigned count) {
+                   const __grid_constant__ Shape shape,
+                   const __grid_constant__ QueryTiles tiles) {
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& shared = *reinterpret_cast<Shared<Config>*>(memory);
   if (threadIdx.x == 0) shared.init_barriers();
@@ -51,14 +58,14 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   const int warpgroup = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
   if (warpgroup < Config::kConsumers) {
     if constexpr (Config::kMovesRegisters) take_registers<Config::kConsumerRegisters>();
-    consume(shared, maps, lse, problem, shape, warpgroup, count);
+    consume(shared, maps, lse, problem, shape, warpgroup, tiles);
   } else {
     if constexpr (Config::kMovesRegisters) give_registers<Config::kHelperRegisters>();
     const auto helper = static_cast<int>(threadIdx.x) - Config::kConsumers * kWarpgroup;
     if (helper < kWarp) {
-      run_planner(shared, problem, shape, count);
+      run_planner(shared, problem, shape, tiles);
     } else if (helper == kWarp) {
-      Producer<Config>{shared, maps, problem, shape, {}, {}}.run(count);
+      Producer<Config>{shared, maps, problem, shape, {}, {}}.run(tiles);
     }
   }
 }

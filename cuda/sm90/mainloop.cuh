@@ -110,10 +110,11 @@ struct Consumer {
     clear_missing_values<Config>(shared.v[place], plan, shape, shared.box[box_place], 1 + number);
   }
 
-  // All tiles of keys of a plan, which has at least one.
-  template <typename Plan>
+  // All tiles of keys of a plan, which has at least one; after_queries() once the queries have been
+  // read for the last time.
+  template <typename Plan, typename AfterQueries>
   __device__ __forceinline__ void run(const Plan& plan, const Mask& mask, Softmax& softmax,
-                                      float (&out)[kOutputs]) {
+                                      float (&out)[kOutputs], AfterQueries&& after_queries) {
     const int tiles = plan.tile_count(), rim = tiles - plan.inner_count();
     const bool clears = plan.has_missing_keys;
     int tile = 0;
@@ -206,6 +207,7 @@ struct Consumer {
       }
       for (tile = 1; tile < rim; ++tile) overlapped(std::true_type{});
       for (; tile < tiles; ++tile) overlapped(std::false_type{});
+      after_queries();
       shared.values[value.place].full.wait(value.parity);
       pin(out);
       pin(p);
@@ -217,6 +219,7 @@ struct Consumer {
     } else {
       for (; tile < rim; ++tile) one_by_one(std::true_type{});
       for (; tile < tiles; ++tile) one_by_one(std::false_type{});
+      after_queries();
     }
   }
 };

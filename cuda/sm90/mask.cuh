@@ -1,6 +1,6 @@
 // Which logits of a tile count: those of keys that the query sees.
 //
-// Of each run of 8 keys a lane holds keys 2c and 2c + 1, c = lane mod 4, for two queries. For each
+// Of each run of 8 keys a lane has keys 2c and 2c + 1, c = lane mod 4, for two queries. For each
 // query and each of the two a word has a bit for every run of the tile: the product of one pattern
 // an axis, an interval of it, since a window is an interval on every axis.
 #pragma once
@@ -35,48 +35,47 @@ __device__ __forceinline__ uint32_t bits_between(int begin, int end) {
   return from_begin & ~from_end;
 }
 
-// What the lane's queries see of each tile of keys.
+// What the lane's queries see, in bits of masks.
 struct Mask {
-  Span seen[kLaneRows][kAxes];
+  Span rows[kLaneRows][kAxes - 1];  // along the first axes
+  Span runs[kLaneRows][2];          // along the last, of keys 2c and of keys 2c + 1
+  bool sees_any[kLaneRows];
 
   template <int kQueries>
   __device__ __forceinline__ Mask(const Plan<kQueries>& plan, const Shape& shape, int consumer) {
 #pragma unroll
     for (int r = 0; r < kLaneRows; ++r) {
+      sees_any[r] = true;
       const Span* axis = plan.seen;
 #pragma unroll
       for (int a = 0; a < kAxes; axis += shape.queries[a++]) {
-        seen[r][a] = axis[step_of_row(shape, consumer, lane_row(r), a)];
+        const Span keys = axis[step_of_row(shape, consumer, lane_row(r), a)];
+        sees_any[r] = sees_any[r] && keys.begin < keys.end;
+        if (a < kAxes - 1) {
+          rows[r][a] = {bits_of(shape, a, keys.begin), bits_of(shape, a, keys.end)};
+          continue;
+        }
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int past = kRun - 1 - 2 * (lane_id() % 4) - e;
+          runs[r][e] = {bits_of(shape, a, keys.begin + past), bits_of(shape, a, keys.end + past)};
+        }
       }
-      // The runs that hold key 2c are those whose first key lies between these.
-      seen[r][2].begin += kRun - 1 - 2 * (lane_id() % 4);
-      seen[r][2].end += kRun - 1 - 2 * (lane_id() % 4);
     }
-  }
-
-  __device__ __forceinline__ bool sees_any(int r) const {
-    return seen[r][0].begin < seen[r][0].end && seen[r][1].begin < seen[r][1].end &&
-           seen[r][2].begin < seen[r][2].end;
   }
 
   // The words of a tile.
   __device__ __forceinline__ void words_of(const KeyBox& box, const Shape& shape,
                                            uint32_t (&words)[kLaneRows][2]) const {
+    const auto pattern = [&](const Span& seen, int a) {
+      const uint32_t bits = bits_between(seen.begin - box.bit[a], seen.end - box.bit[a]);
+      return (bits & shape.period[a]) * shape.repeat[a];
+    };
 #pragma unroll
     for (int r = 0; r < kLaneRows; ++r) {
-      uint32_t rows = ~0u;
+      const uint32_t planes = pattern(rows[r][0], 0) & pattern(rows[r][1], 1);
 #pragma unroll
-      for (int a = 0; a < 2; ++a) {
-        const uint32_t bits = bits_between((seen[r][a].begin - box.begin[a]) * shape.stride[a],
-                                           (seen[r][a].end - box.begin[a]) * shape.stride[a]);
-        rows &= (bits & shape.period[a]) * shape.repeat[a];
-      }
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const uint32_t runs = bits_between((seen[r][2].begin - box.begin[2] - e) >> 3,
-                                           (seen[r][2].end - box.begin[2] - e) >> 3);
-        words[r][e] = rows & ((runs & shape.period[2]) * shape.repeat[2]);
-      }
+      for (int e = 0; e < 2; ++e) words[r][e] = planes & pattern(runs[r][e], 2);
     }
   }
 };
@@ -106,14 +105,16 @@ __device__ __noinline__ void clear_missing_values(unsigned char* values,
                                                   const KeyBox& box, int barrier) {
   constexpr int kUnits = Config::kRowBytes / 16;
   const auto thread = static_cast<int>(threadIdx.x) % kWarpgroup;
+  int left[kAxes];  // existing keys, from the tile's first
+  for (int a = 0; a < kAxes; ++a) {
+    const int begin = a == kAxes - 1 ? box.bit[a] * kRun : box.bit[a] / shape.stride[a];
+    left[a] = plan.existing[a] - begin;
+  }
   for (int i = thread; i < Config::kKeys * kUnits; i += kWarpgroup) {
     const int key = i / kUnits;
     const int x = key % shape.keys[2], y = key / shape.keys[2] % shape.keys[1];
     const int z = key / shape.keys[2] / shape.keys[1];
-    if (box.begin[0] + z < plan.existing[0] && box.begin[1] + y < plan.existing[1] &&
-        box.begin[2] + x < plan.existing[2]) {
-      continue;
-    }
+    if (z < left[0] && y < left[1] && x < left[2]) continue;
     for (int chunk = 0; chunk < Config::kChunks; ++chunk) {
       store_zeros(shared_address(values) + chunk * Config::kKeys * Config::kRowBytes + i * 16);
     }

@@ -1,36 +1,12 @@
 // Defines Operation: the choice of a kernel and its shape, and the launch.
 #pragma once
 
+#include "cuda/sm90/choices.cuh"
 #include "cuda/sm90/kernel.cuh"
+#include "cuda/sm90/serve.h"
 #include "cuda/sm90/sm90.h"
 
 namespace jax_natten::sm90 {
-
-inline int attribute(cudaDeviceAttr which) {
-  int device = 0, value = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  return cudaDeviceGetAttribute(&value, which, device) == cudaSuccess ? value : 0;
-}
-
-// Code for sm_90a runs on compute capability 9.0 alone.
-inline bool is_hopper() {
-  return attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
-         attribute(cudaDevAttrComputeCapabilityMinor) == 0;
-}
-
-// Whether the kernels know everything that a problem asks for.
-template <typename Element>
-bool can_serve(const ForwardArrays<Element>& arrays, const Problem<kAxes>& problem) {
-  constexpr int64_t kEnd = int64_t{1} << 26;  // of an axis, so that places in words never overflow
-  for (int a = 0; a < kAxes; ++a) {
-    if (problem.query_shape[a] >= kEnd || problem.key_shape[a] >= kEnd) return false;
-    if (problem.query_shape[a] == 0 || problem.key_shape[a] == 0) return false;
-    if (problem.window[a].dilation > kMostStep) return false;
-  }
-  const int64_t rows = problem.samples * problem.heads * problem.queries();
-  return !arrays.has_bias() && problem.dim == problem.value_dim && problem.scale > 0 && rows > 0 &&
-         is_hopper();
-}
 
 template <typename Config>
 cudaError_t launch(cudaStream_t stream, const ForwardArrays<typename Config::Element>& arrays,
@@ -65,107 +41,66 @@ cudaError_t launch(cudaStream_t stream, const ForwardArrays<typename Config::Ele
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
+  // So many tiles for a block that its beginning and end are little of its time, yet not so many
+  // that processors wait for the last blocks.
+  constexpr double kBlockCycles = 300e3;
   const int64_t resident = int64_t{Config::kBlocks} * attribute(cudaDevAttrMultiProcessorCount);
-  auto query_tiles = static_cast<unsigned>(count);
+  const double cycles = shape.cost * static_cast<double>(problem.samples * problem.heads) *
+                        Config::kBlocks / static_cast<double>(count);
+  const int64_t per_block = geometry::max(
+      1, geometry::min(static_cast<int64_t>(kBlockCycles / cycles), count / resident));
+  const int64_t groups = geometry::ceil_div(count, resident * per_block);
+  QueryTiles tiles{static_cast<unsigned>(count), static_cast<unsigned>(per_block),
+                   static_cast<unsigned>(resident)};
   Tensor<float> lse = arrays.lse;
   Problem<kAxes> parameter = problem;
   Shape shape_parameter = shape;
-  void* arguments[] = {&maps, &lse, &parameter, &shape_parameter, &query_tiles};
-  return cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(geometry::min(count, resident))),
+  void* arguments[] = {&maps, &lse, &parameter, &shape_parameter, &tiles};
+  return cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(groups * resident)),
                           dim3(Config::kThreads), arguments, kBytes, stream);
 }
 
-// The kernels of a head dim. Large tiles for windows of many tiles; for small windows many small
-// blocks, which hide each other's beginnings and ends. With what each takes, as measured.
-template <typename Element, int kDim>
-struct Kernels;
-
-template <typename Element>
-struct Kernels<Element, 32> {
-  using Large = Config<Element, 32, 128, 3, 4, 1, true>;
-  using Small = Config<Element, 32, 64, 1, 4, 4, false>;
-  static constexpr Costs kLarge{6000, 2900, 2300};
-  static constexpr Costs kSmall{2000, 1200, 900};
-};
-
-template <typename Element>
-struct Kernels<Element, 64> {
-  using Large = Config<Element, 64, 128, 3, 4, 1, true>;
-  using Small = Config<Element, 64, 64, 1, 3, 3, false>;
-  static constexpr Costs kLarge{6000, 3000, 2434};
-  static constexpr Costs kSmall{2000, 1250, 1000};
-};
-
-template <typename Element>
-struct Kernels<Element, 128> {
-  using Large = Config<Element, 128, 128, 2, 2, 1, true>;
-  using Small = Large;
-  static constexpr Costs kLarge{3000, 2600, 2370};
-};
-
-template <typename Element>
-struct Kernels<Element, 96> {
-  using Large = Config<Element, 96, 128, 2, 3, 1, true>;
-  using Small = Large;
-  static constexpr Costs kLarge{3000, 2300, 2000};
-};
-
-template <typename Element>
-struct Kernels<Element, 192> {
-  using Large = Config<Element, 192, 96, 2, 2, 1, true>;
-  using Small = Large;
-  static constexpr Costs kLarge{4000, 2800, 2600};
-};
-
-template <typename Element>
-struct Kernels<Element, 256> {
-  using Large = Config<Element, 256, 64, 2, 2, 1, true>;
-  using Small = Large;
-  static constexpr Costs kLarge{4000, 2600, 2400};
-};
-
-template <typename Config, typename Element>
-cudaError_t run_with(cudaStream_t stream, const ForwardArrays<Element>& arrays,
-                     const Problem<kAxes>& problem, const Shape& shape) {
-  if (shape.cost < 0) return kNotServed;
-  return launch<Config>(stream, arrays, problem, shape);
-}
-
-template <int kDim, typename Element>
-cudaError_t run_of_dim(cudaStream_t stream, const ForwardArrays<Element>& arrays,
-                       const Problem<kAxes>& problem, int rank) {
-  using Known = Kernels<Element, kDim>;
-  using Large = typename Known::Large;
-  using Small = typename Known::Small;
-  const Shape large =
-      choose_shape(problem, rank, Large::kConsumers, Large::kKeys, Known::kLarge);
-  if constexpr (!std::is_same_v<Large, Small>) {
-    const Shape small =
-        choose_shape(problem, rank, Small::kConsumers, Small::kKeys, Known::kSmall);
-    if (large.cost < 0 || (small.cost >= 0 && small.cost < large.cost)) {
-      return run_with<Small>(stream, arrays, problem, small);
-    }
+// The least costly of a head dim's kernels, each in its best shape.
+template <typename Element, typename Choice, typename... Others>
+cudaError_t run_best(cudaStream_t stream, const ForwardArrays<Element>& arrays,
+                     const Problem<kAxes>& problem, int rank, Choices<Choice, Others...>,
+                     const Shape* best = nullptr,
+                     cudaError_t (*launch_best)(cudaStream_t, const ForwardArrays<Element>&,
+                                                const Problem<kAxes>&, const Shape&) = nullptr) {
+  using Config = typename Choice::Config;
+  const Shape shape =
+      choose_shape(problem, rank, Config::kConsumers, Config::kKeys, Choice::kCosts);
+  if (shape.cost >= 0 && (best == nullptr || shape.cost < best->cost)) {
+    best = &shape;
+    launch_best = &launch<Config>;
   }
-  return run_with<Large>(stream, arrays, problem, large);
+  if constexpr (sizeof...(Others) > 0) {
+    return run_best(stream, arrays, problem, rank, Choices<Others...>{}, best, launch_best);
+  } else {
+    return best == nullptr ? kNotServed : launch_best(stream, arrays, problem, *best);
+  }
 }
 
 template <typename Element>
 cudaError_t run_of_rank(cudaStream_t stream, const ForwardArrays<Element>& arrays,
                         const Problem<kAxes>& problem, int rank) {
-  if (!can_serve(arrays, problem)) return kNotServed;
+  if (!can_serve(problem, rank, arrays.has_bias())) return kNotServed;
+  const auto run = [&](auto dim) {
+    return run_best(stream, arrays, problem, rank, KernelsOf<Element, decltype(dim)::value>{});
+  };
   switch (problem.dim) {
     case 32:
-      return run_of_dim<32>(stream, arrays, problem, rank);
+      return run(std::integral_constant<int, 32>{});
     case 64:
-      return run_of_dim<64>(stream, arrays, problem, rank);
+      return run(std::integral_constant<int, 64>{});
     case 96:
-      return run_of_dim<96>(stream, arrays, problem, rank);
+      return run(std::integral_constant<int, 96>{});
     case 128:
-      return run_of_dim<128>(stream, arrays, problem, rank);
+      return run(std::integral_constant<int, 128>{});
     case 192:
-      return run_of_dim<192>(stream, arrays, problem, rank);
+      return run(std::integral_constant<int, 192>{});
     case 256:
-      return run_of_dim<256>(stream, arrays, problem, rank);
+      return run(std::integral_constant<int, 256>{});
     default:
       return kNotServed;
   }

@@ -1,11 +1,12 @@
 // A block's work on one tile of queries: which keys its queries see, and which tiles of keys are
 // visited. The only place where these kernels meet the geometry.
 //
-// Windows of an axis begin and end no earlier than those of the query before, so the keys that a
-// box of queries sees together are a box, and what each sees an interval of it per axis.
+// What a query sees along an axis begins and ends no earlier than what the query before it sees. So
+// the keys that a box of queries sees together are a box, from where that of the first query begins
+// to where that of the last ends, and those that all see lie from where the last begins to where the
+// first ends.
 #pragma once
 
-#include <climits>
 #include <cstdint>
 
 #include "cuda/common/warp.cuh"
@@ -26,6 +27,7 @@ struct Plan {
   int kv_head;
   int query[kAxes];       // array index of the first query; the next are a dilation apart
   int key[kAxes];         // array index of the first key
+  int begin[kAxes];       // and its position
   int existing[kAxes];    // keys from there that exist; what the array has beyond does not
   bool has_missing_keys;  // whether tiles reach into those
   int tiles[kAxes];       // of keys, along each axis: these are visited
@@ -54,81 +56,117 @@ inline int64_t count_query_tiles(const Problem<kAxes>& problem, const Shape& sha
   return result;
 }
 
-// Makes the plan of the tile of queries of a number: neighbors of one head follow each other, so
-// that blocks that run together share keys. All lanes of a warp.
-template <int kQueries>
-__device__ void make_plan(Plan<kQueries>& plan, const Problem<kAxes>& problem, const Shape& shape,
-                          unsigned number) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  unsigned rest = number;
-  int first[kAxes];
-  for (int a = kAxes - 1; a >= 0; --a) {
-    first[a] = static_cast<int>(rest % shape.query_tiles[a]) * shape.queries[a];
-    rest /= shape.query_tiles[a];
+// The queries of a block along one axis, as positions of a dilation group.
+struct AxisQueries {
+  AxisWindow window;
+  AxisFrame frame;
+  geometry::Location first;    // of the block's box
+  geometry::Interval present;  // those of the box that exist
+
+  __device__ AxisQueries(const Problem<kAxes>& problem, const Shape& shape, int sample, int axis,
+                         int index)
+      : window(problem.window[axis]),
+        frame(frame_of(problem, shape.rank, sample, axis)),
+        first(geometry::locate(window, frame.extent, frame.query_origin + index)) {
+    present = geometry::existing(window, first.group, frame.query_origin, frame.query_count);
+    present = geometry::intersect(present, {0, first.length});
+    present = geometry::intersect(
+        present, {first.position, first.position + int64_t{shape.queries[axis]}});
   }
+
+  // The keys that the query of a position sees.
+  __device__ geometry::Interval keys(int64_t position) const {
+    return geometry::keys_seen(window, frame, {first.group, position, first.length});
+  }
+};
+
+// Plans the tile of queries of a number: neighbors of one head follow each other, so that blocks
+// that run together share keys. All lanes of a warp: two for each axis, of its first and of its
+// last query.
+template <int kQueries>
+__device__ void plan_tiles(Plan<kQueries>& plan, const Problem<kAxes>& problem, const Shape& shape,
+                           unsigned number) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int axis = min(lane / 2, kAxes - 1);
+  unsigned rest = number;
+  int index = 0;  // of the axis' first query
+  for (int a = kAxes - 1; a >= 0; --a) {
+    const auto tiles = static_cast<unsigned>(shape.query_tiles[a]);
+    if (a == axis) index = static_cast<int>(rest % tiles) * shape.queries[a];
+    rest /= tiles;
+  }
+  index *= static_cast<int>(problem.window[axis].dilation);
   for (int a = kAxes - 1; a >= 0; --a) {
     const auto groups = static_cast<unsigned>(sm80::row_groups<Side::kQueries>(problem, a));
-    first[a] = first[a] * static_cast<int>(problem.window[a].dilation) +
-               static_cast<int>(rest % groups);
+    if (a == axis) index += static_cast<int>(rest % groups);
     rest /= groups;
   }
   const int head = static_cast<int>(rest % static_cast<unsigned>(problem.heads));
   const int sample = static_cast<int>(rest / static_cast<unsigned>(problem.heads));
 
-  bool has_missing_keys = false;
-  Span* seen = plan.seen;
-  for (int a = 0; a < kAxes; seen += shape.queries[a++]) {
-    const AxisWindow& window = problem.window[a];
-    const AxisFrame frame = frame_of(problem, shape.rank, sample, a);
-    // Over the steps that see a key: the least begin and the largest end, and what all see.
-    Span box = {INT_MAX, INT_MIN}, inner = {INT_MIN, INT_MAX};
-    for (int step = lane; step < shape.queries[a]; step += kWarp) {
-      const int64_t index = first[a] + step * window.dilation;
-      geometry::Interval keys = {0, 0};
-      if (geometry::exists(frame.extent, frame.query_origin, frame.query_count, index)) {
-        keys = geometry::keys_seen(
-            window, frame, geometry::locate(window, frame.extent, frame.query_origin + index));
-      }
-      const Span span = {static_cast<int>(keys.begin), static_cast<int>(keys.end)};
-      seen[step] = span;
-      if (span.begin >= span.end) continue;
-      box = {min(box.begin, span.begin), max(box.end, span.end)};
-      inner = {max(inner.begin, span.begin), min(inner.end, span.end)};
-    }
-    box = {__reduce_min_sync(kAllLanes, box.begin), __reduce_max_sync(kAllLanes, box.end)};
-    inner = {__reduce_max_sync(kAllLanes, inner.begin), __reduce_min_sync(kAllLanes, inner.end)};
-    const bool any = box.begin < box.end;
-    const int begin = any ? box.begin : 0;
-    for (int step = lane; step < shape.queries[a]; step += kWarp) {
-      const bool sees = seen[step].begin < seen[step].end;
-      seen[step] = {sees ? seen[step].begin - begin : 0, sees ? seen[step].end - begin : 0};
-    }
-    const int size = shape.keys[a];
-    const int tiles = any ? (box.end - begin + size - 1) / size : 0;
-    const int inner_begin = any ? min((inner.begin - begin + size - 1) / size, tiles) : 0;
-    const int inner_end = any ? max((inner.end - begin) / size, inner_begin) : 0;
-
-    const geometry::Location query =
-        geometry::locate(window, frame.extent, frame.query_origin + first[a]);
-    const geometry::Interval exist =
-        geometry::existing(window, query.group, frame.key_origin, frame.key_count);
-    const geometry::Interval in_array =
-        geometry::existing(window, query.group, frame.key_origin, problem.key_shape[a]);
-    has_missing_keys =
-        has_missing_keys || geometry::min(begin + tiles * size, in_array.end) > exist.end;
-    if (lane == 0) {
-      plan.query[a] = first[a];
-      plan.key[a] = static_cast<int>(begin * window.dilation + query.group - frame.key_origin);
-      plan.existing[a] = static_cast<int>(exist.end - begin);
-      plan.tiles[a] = tiles;
-      plan.inner[a] = {inner_begin, inner_end};
-    }
+  const AxisQueries queries(problem, shape, sample, axis, index);
+  const auto [from, to] = queries.present;
+  const geometry::Interval keys = queries.keys(lane % 2 == 0 ? from : to - 1);
+  const Span span = {static_cast<int>(keys.begin), static_cast<int>(keys.end)};
+  const Span last = {__shfl_down_sync(kAllLanes, span.begin, 1),
+                     __shfl_down_sync(kAllLanes, span.end, 1)};
+  const bool any = from < to && span.begin < last.end;
+  const int begin = any ? span.begin : 0, size = shape.keys[axis];
+  const int tiles = any ? (last.end - begin + size - 1) / size : 0;
+  const int inner_begin = min((last.begin - begin + size - 1) / size, tiles);
+  const int inner_end = max((span.end - begin) / size, inner_begin);
+  const geometry::Interval exist = geometry::existing(
+      queries.window, queries.first.group, queries.frame.key_origin, queries.frame.key_count);
+  const geometry::Interval in_array = geometry::existing(
+      queries.window, queries.first.group, queries.frame.key_origin, problem.key_shape[axis]);
+  const bool has_missing = geometry::min(begin + tiles * size, in_array.end) > exist.end;
+  const bool is_first = lane % 2 == 0 && lane < 2 * kAxes;
+  const bool has_missing_keys = __any_sync(kAllLanes, is_first && has_missing);
+  if (is_first) {
+    plan.query[axis] = index;
+    plan.key[axis] = static_cast<int>(begin * queries.window.dilation + queries.first.group -
+                                      queries.frame.key_origin);
+    plan.begin[axis] = begin;
+    plan.existing[axis] = static_cast<int>(exist.end - begin);
+    plan.tiles[axis] = tiles;
+    plan.inner[axis] = any ? Span{inner_begin, inner_end} : Span{0, 0};
   }
+  __syncwarp();
   if (lane == 0) {
     plan.sample = sample;
     plan.head = head;
     plan.kv_head = head / static_cast<int>(problem.group());
     plan.has_missing_keys = has_missing_keys;
+    // Where most tiles need a mask, all have one and come in their order in memory: neighboring
+    // blocks then want the same keys at about the same time.
+    if (2 * plan.inner_count() < plan.tile_count()) plan.inner[0] = {0, 0};
+  }
+  __syncwarp();
+}
+
+// What each query of a plan sees. All lanes of a warp.
+template <int kQueries>
+__device__ void plan_windows(Plan<kQueries>& plan, const Problem<kAxes>& problem,
+                             const Shape& shape) {
+  const int steps[kAxes] = {shape.queries[0], shape.queries[1], shape.queries[2]};
+  for (int i = static_cast<int>(threadIdx.x) % kWarp; i < steps[0] + steps[1] + steps[2];
+       i += kWarp) {
+    int axis = 0, step = i;
+    for (int a = 0; a < kAxes - 1; ++a) {
+      if (axis == a && step >= steps[a]) {
+        step -= steps[a];
+        axis = a + 1;
+      }
+    }
+    const AxisQueries queries(problem, shape, plan.sample, axis, plan.query[axis]);
+    const int64_t position = queries.first.position + step;
+    geometry::Interval keys = {0, 0};
+    if (queries.present.begin <= position && position < queries.present.end) {
+      keys = queries.keys(position);
+    }
+    const bool sees = keys.begin < keys.end;
+    plan.seen[i] = {sees ? static_cast<int>(keys.begin) - plan.begin[axis] : 0,
+                    sees ? static_cast<int>(keys.end) - plan.begin[axis] : 0};
   }
 }
 

@@ -7,22 +7,35 @@
 
 namespace jax_natten::sm90 {
 
-// The tiles of queries of a block: every gridDim.x-th.
-template <typename Visit>
-__device__ __forceinline__ void for_each_query_tile(unsigned count, Visit&& visit) {
-  for (unsigned number = blockIdx.x; number < count; number += gridDim.x) visit(number);
-}
+// The tiles of queries of a block: of every `together` blocks, which run at once, each takes every
+// `together`-th tile of as many as they have. Blocks that come to their ends, and not one block for
+// each processor that stays: those would drift apart and no longer share keys in the cache.
+struct QueryTiles {
+  unsigned count;      // of tiles
+  unsigned per_block;  // at most
+  unsigned together;   // blocks
+
+  template <typename Visit>
+  __device__ __forceinline__ void for_each(Visit&& visit) const {
+    const unsigned first = blockIdx.x / together * together * per_block + blockIdx.x % together;
+    const unsigned end = min(first + per_block * together, count);
+    for (unsigned number = first; number < end; number += together) visit(number);
+  }
+};
 
 template <typename Config>
 __device__ void run_planner(Shared<Config>& shared, const Problem<kAxes>& problem,
-                            const Shape& shape, unsigned count) {
+                            const Shape& shape, const QueryTiles& tiles) {
   Cursor<2> cursor;
-  for_each_query_tile(count, [&](unsigned number) {
+  tiles.for_each([&](unsigned number) {
     Handover& handover = shared.plans[cursor.place];
     handover.free.wait(cursor.parity ^ 1);
-    make_plan(shared.plan[cursor.place], problem, shape, number);
-    __syncwarp();
+    auto& plan = shared.plan[cursor.place];
+    plan_tiles(plan, problem, shape, number);
     if (threadIdx.x % kWarp == 0) handover.full.arrive();
+    plan_windows(plan, problem, shape);
+    __syncwarp();
+    if (threadIdx.x % kWarp == 0) shared.windows[cursor.place].arrive();
     cursor.advance();
   });
 }
@@ -65,8 +78,10 @@ struct Producer {
     }
   }
 
-  template <typename Plan>
-  __device__ __forceinline__ void load_keys(const Plan& plan, int z, int y, int x) {
+  // A tile of keys and its values; what `between` loads comes between them.
+  template <typename Plan, typename Between>
+  __device__ __forceinline__ void load_keys(const Plan& plan, int z, int y, int x,
+                                            Between&& between) {
     const int tile[kAxes] = {z, y, x};
     int at[kAxes];
     Handover& keys = shared.keys[stage.place];
@@ -75,10 +90,11 @@ struct Producer {
 #pragma unroll
     for (int a = 0; a < kAxes; ++a) {
       const int begin = tile[a] * shape.keys[a];
-      shared.box[boxes.place].begin[a] = begin;
+      shared.box[boxes.place].bit[a] = bits_of(shape, a, begin);
       at[a] = plan.key[a] + begin * static_cast<int>(problem.window[a].dilation);
     }
     load<Config::kKeys>(shared.k[stage.place], &maps.k, keys.full, plan.kv_head, at, plan.sample);
+    between();
     values.free.wait(stage.parity ^ 1);
     load<Config::kKeys>(shared.v[stage.place], &maps.v, values.full, plan.kv_head, at,
                         plan.sample);
@@ -86,35 +102,42 @@ struct Producer {
     boxes.advance();
   }
 
-  // First the tiles that need a mask, then those that every query sees whole.
+  // First the tiles that need a mask, then those that every query sees whole. The place of keys is
+  // free before that of queries, so the queries come after the first keys.
   template <typename Plan>
-  __device__ __forceinline__ void load_all_keys(const Plan& plan) {
+  __device__ __forceinline__ void load_all(const Plan& plan, uint32_t parity) {
+    bool has_queries = false;
+    const auto bring_queries = [&] {
+      if (!has_queries) load_queries(plan, parity);
+      has_queries = true;
+    };
     for (int z = 0; z < plan.tiles[0]; ++z) {
       for (int y = 0; y < plan.tiles[1]; ++y) {
         for (int x = 0; x < plan.tiles[2]; ++x) {
-          if (!plan.is_inner(z, y, x)) load_keys(plan, z, y, x);
+          if (!plan.is_inner(z, y, x)) load_keys(plan, z, y, x, bring_queries);
         }
       }
     }
     for (int z = plan.inner[0].begin; z < plan.inner[0].end; ++z) {
       for (int y = plan.inner[1].begin; y < plan.inner[1].end; ++y) {
-        for (int x = plan.inner[2].begin; x < plan.inner[2].end; ++x) load_keys(plan, z, y, x);
+        for (int x = plan.inner[2].begin; x < plan.inner[2].end; ++x) {
+          load_keys(plan, z, y, x, bring_queries);
+        }
       }
     }
+    bring_queries();
   }
 
-  __device__ void run(unsigned count) {
+  __device__ void run(const QueryTiles& tiles) {
     prefetch(&maps.q);
     prefetch(&maps.k);
     prefetch(&maps.v);
     Cursor<2> plans;
     uint32_t parity = 0;
-    for_each_query_tile(count, [&](unsigned) {
+    tiles.for_each([&](unsigned) {
       Handover& handover = shared.plans[plans.place];
       handover.full.wait(plans.parity);
-      const auto& plan = shared.plan[plans.place];
-      load_queries(plan, parity);
-      load_all_keys(plan);
+      load_all(shared.plan[plans.place], parity);
       handover.free.arrive();
       plans.advance();
       parity ^= 1;

@@ -36,6 +36,13 @@ struct Shape {
   double cost;             // of all blocks of a head
 };
 
+// So many keys along an axis, not fewer than none, in bits of masks.
+constexpr JAX_NATTEN_HOST_DEVICE int bits_of(const Shape& shape, int axis, int keys) {
+  constexpr unsigned kKeys = kRun;
+  return axis == kAxes - 1 ? static_cast<int>(static_cast<unsigned>(keys) / kKeys)
+                           : keys * shape.stride[axis];
+}
+
 // What a multiprocessor takes, in cycles: for a block, for a tile of keys that some of its queries
 // see in part, and for one that all of them see whole.
 struct Costs {
@@ -178,7 +185,8 @@ inline Shape choose_shape(const Problem<kAxes>& problem, int rank, int consumers
         const int z = runs / x / y;
         if (x * y * z != runs || !fits(1, y) || !fits(0, z)) continue;
         const double tiles = x_tiles * axes[1]->tiles(y) * axes[0]->tiles(z);
-        const double inner = x_inner * axes[1]->inner_tiles(y) * axes[0]->inner_tiles(z);
+        double inner = x_inner * axes[1]->inner_tiles(y) * axes[0]->inner_tiles(z);
+        if (2 * inner < tiles) inner = 0;  // then all have a mask
         const double cost = blocks * costs.block + (tiles - inner) * costs.rim + inner * costs.inner;
         // Of nearly equals the first, which has the longest rows.
         if (best.cost >= 0 && cost >= 0.995 * best.cost) continue;
