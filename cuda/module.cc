@@ -1,5 +1,6 @@
 // The Python module jax_natten._cuda: the FFI handlers as capsules, the FFI version that they were
-// built with, and the choice of tiles for tests.
+// built with, and for tests what the host decides: which calls the Hopper kernels serve, and the
+// choice of tiles.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/vector.h>
 
@@ -9,6 +10,8 @@
 
 #include "cpu/registrations.h"
 #include "cuda/sm80/tiling.h"
+#include "cuda/sm90/serve.h"
+#include "cuda/sm90/shape.h"
 
 namespace nb = nanobind;
 
@@ -91,6 +94,51 @@ int64_t seen_together(int64_t query_size, int64_t key_size, int64_t kernel_size,
                        : sm80::seen_together<Side::kQueries>(problem, kLast, first, size);
 }
 
+// Whether the Hopper kernels serve a forward call of half types where there is a Hopper GPU. The
+// dispatcher asks the same, and takes them wherever they do.
+bool hopper_serves(const Entries& query_shape, const Entries& key_shape, const Entries& kernel_size,
+                   const Entries& stride, const Entries& dilation,
+                   const std::vector<bool>& is_causal, int64_t dim, int64_t value_dim, double scale,
+                   bool has_bias) {
+#ifdef JAX_NATTEN_HAS_SM90
+  Problem<kAxes> problem =
+      problem_from(query_shape, key_shape, kernel_size, stride, dilation, is_causal);
+  problem.dim = dim;
+  problem.value_dim = value_dim;
+  problem.scale = scale;
+  return sm90::knows(problem, static_cast<int>(query_shape.size()), has_bias);
+#else
+  return false;
+#endif
+}
+
+// (queries, keys, cost) of the shape that the Hopper kernels choose, the first two with three axes.
+nb::tuple hopper_shape(const Entries& query_shape, const Entries& key_shape,
+                       const Entries& kernel_size, const Entries& stride, const Entries& dilation,
+                       const std::vector<bool>& is_causal, int consumers, int keys,
+                       const std::vector<double>& costs) {
+  if (consumers < 1 || keys < sm90::kRun || keys % sm90::kRun != 0 || costs.size() != 3) {
+    throw nb::value_error("need consumers, runs of keys, and three costs");
+  }
+  const Problem<kAxes> problem =
+      problem_from(query_shape, key_shape, kernel_size, stride, dilation, is_causal);
+  const sm90::Shape shape =
+      sm90::choose_shape(problem, static_cast<int>(query_shape.size()), consumers, keys,
+                         {costs[0], costs[1], costs[2]});
+  const auto axes = [](const int (&of)[kAxes]) { return nb::make_tuple(of[0], of[1], of[2]); };
+  return nb::make_tuple(axes(shape.queries), axes(shape.keys), shape.cost);
+}
+
+// How many tiles of keys blocks of queries visit along an axis, and how many of them are seen whole.
+nb::tuple hopper_tiles(int64_t query_size, int64_t key_size, int64_t kernel_size, int64_t stride,
+                       int64_t dilation, bool is_causal, int queries, int keys) {
+  if (queries < 1 || keys < 1) throw nb::value_error("need queries and keys");
+  const Problem<kAxes> problem =
+      problem_from({query_size}, {key_size}, {kernel_size}, {stride}, {dilation}, {is_causal});
+  const sm90::AxisBlocks blocks(problem, kAxes - 1, queries);
+  return nb::make_tuple(blocks.tiles(keys), blocks.inner_tiles(keys));
+}
+
 }  // namespace
 }  // namespace jax_natten
 
@@ -101,4 +149,11 @@ NB_MODULE(_cuda, m) {
         "dilation"_a, "is_causal"_a, "rows_are_keys"_a, "tokens"_a, "columns"_a);
   m.def("seen_together", &jax_natten::seen_together, "query_size"_a, "key_size"_a, "kernel_size"_a,
         "stride"_a, "dilation"_a, "is_causal"_a, "rows_are_keys"_a, "first"_a, "size"_a);
+  m.def("hopper_serves", &jax_natten::hopper_serves, "query_shape"_a, "key_shape"_a,
+        "kernel_size"_a, "stride"_a, "dilation"_a, "is_causal"_a, "dim"_a, "value_dim"_a, "scale"_a,
+        "has_bias"_a);
+  m.def("hopper_shape", &jax_natten::hopper_shape, "query_shape"_a, "key_shape"_a, "kernel_size"_a,
+        "stride"_a, "dilation"_a, "is_causal"_a, "consumers"_a, "keys"_a, "costs"_a);
+  m.def("hopper_tiles", &jax_natten::hopper_tiles, "query_size"_a, "key_size"_a, "kernel_size"_a,
+        "stride"_a, "dilation"_a, "is_causal"_a, "queries"_a, "keys"_a);
 }

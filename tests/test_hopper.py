@@ -1,0 +1,238 @@
+"""The forward kernels for Hopper: what serves them, their tiles, and their numbers.
+
+`backend="native"` takes them wherever they serve a call, so a test forces them by asking first: `serves` is the
+dispatcher's own question, and a problem that they do not serve fails.
+"""
+
+import itertools
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from problems import Problem, check_fused, fused, precise
+from reference import axis_keys
+from tolerances import assert_close
+
+import jax_natten as jn
+from jax_natten._window import make_window
+
+_cuda = pytest.importorskip("jax_natten._cuda", reason="the CUDA kernels are not built")
+
+hopper = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        "not any(getattr(device, 'compute_capability', '') == '9.0' for device in __import__('jax').devices())",
+        reason="needs a Hopper GPU",
+    ),
+]
+
+
+def on_hopper(test):
+    for mark in hopper:
+        test = mark(test)
+    return test
+
+
+def serves(problem: Problem) -> bool:
+    """Whether the dispatcher takes these kernels for a problem of half types."""
+    window = make_window(
+        problem.rank, problem.kernel_size, problem.stride, problem.dilation, problem.is_causal, problem.border
+    )
+    dim, value_dim = problem.dim, problem.value_dim or problem.dim
+    scale = problem.dim**-0.5 if problem.scale is None else problem.scale
+    axes = (window.kernel_size, window.stride, window.dilation, window.is_causal)
+    return _cuda.hopper_serves(problem.spatial, problem.spatial, *map(list, axes), dim, value_dim, scale, problem.rpb)
+
+
+# ---- what is served
+
+
+@pytest.mark.skipif("not serves(Problem(spatial=(64,), kernel_size=3, dim=64))", reason="not built for Hopper")
+def test_what_is_served():
+    plain = Problem(spatial=(64, 64), kernel_size=7, dim=64)
+    assert all(serves(replace(plain, dim=dim)) for dim in (32, 64, 96, 128, 192, 256))
+    assert all(serves(replace(plain, dilation=d)) for d in range(1, 9))
+    assert not serves(replace(plain, dilation=9))
+    assert not any(serves(replace(plain, dim=dim)) for dim in (8, 40, 80, 160, 512))
+    assert not serves(replace(plain, value_dim=32)) and not serves(replace(plain, rpb=True))
+    assert not any(serves(replace(plain, scale=scale)) for scale in (0.0, -1.0))
+
+
+# ---- tiles, against brute force
+
+WINDOWS = [
+    (k, t, d, causal)
+    for k, d, causal in itertools.product((1, 3, 4, 8, 13), (1, 2, 3), (False, True))
+    for t in {1, 2, k}
+    if t <= k
+]
+
+
+def tiles_of(size: int, window: tuple, queries: int, keys: int) -> tuple[int, int]:
+    """Tiles of keys that blocks of queries visit, and those that every query of the block sees whole."""
+    dilation = window[2]
+    visited = inner = 0
+    for group in range(min(dilation, size)):
+        rows = list(range(group, size, dilation))
+        for begin in range(0, -(-size // dilation), queries):
+            block = rows[begin : begin + queries]
+            seen = [sorted(key for key, _ in axis_keys(row, size, *window).values()) for row in block]
+            if not seen:
+                continue
+            first, last = seen[0][0], max(s[-1] for s in seen)
+            box = list(range(first, last + 1, dilation))
+            tiles = [box[i : i + keys] for i in range(0, len(box), keys)]
+            visited += len(tiles)
+            inner += sum(len(tile) == keys and all(set(tile) <= set(s) for s in seen) for tile in tiles)
+    return visited, inner
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+def test_tiles(window):
+    for size, queries, keys in itertools.product((window[0] * window[2], 61), (1, 4, 16, 24), (1, 2, 8, 16)):
+        if -(-(-(-size // window[2])) // queries) <= 32:
+            expected = tiles_of(size, window, queries, keys)
+            assert _cuda.hopper_tiles(size, size, *window, queries, keys) == expected, (size, queries, keys)
+
+
+SHAPES = [
+    ((300,), (31,), (1,), (1,), (False,)),
+    ((300,), (31,), (8,), (4,), (True,)),
+    ((40, 50), (7, 9), (1, 1), (1, 2), (False, False)),
+    ((12, 20, 30), (3, 7, 9), (1, 2, 1), (2, 1, 1), (False, True, False)),
+]
+
+
+@pytest.mark.parametrize("consumers, keys", [(1, 64), (2, 128), (3, 128), (2, 96)])
+@pytest.mark.parametrize("problem", SHAPES, ids=str)
+def test_shape(problem, consumers, keys):
+    """A shape that the copy engine can load, and whose cost is that of its blocks and tiles."""
+    spatial, *window = problem
+    costs = (3000.0, 1300.0, 1000.0)
+    queries, box, cost = _cuda.hopper_shape(spatial, spatial, *window, consumers, keys, costs)
+    assert np.prod(queries) == consumers * 64 and np.prod(box) == keys and box[-1] % 8 == 0
+    rank = len(spatial)
+    assert all((b - 1) * d < 256 for b, d in zip(box[-rank:], window[2], strict=True))
+    assert all(b == 1 for b in queries[:-rank])
+    blocks, visited, inner = 1, np.prod([1 / b if b < 1 else 1 for b in box[:-rank]]), 1
+    for a, size in enumerate(spatial):
+        along = -rank + a
+        axis = tuple(entries[a] for entries in window)
+        blocks *= min(axis[2], size) * -(-(-(-size // axis[2])) // queries[along])
+        tiles = tiles_of(size, axis, queries[along], box[along])
+        visited, inner = visited * tiles[0], inner * tiles[1]
+    inner = inner if 2 * inner >= visited and all(b == 1 for b in box[:-rank]) else 0
+    assert cost == pytest.approx(blocks * costs[0] + (visited - inner) * costs[1] + inner * costs[2])
+
+
+# ---- numbers
+
+PROBLEMS = {
+    "1d": Problem(spatial=(300,), kernel_size=37, stride=5, dilation=3, dim=64, heads=4, heads_kv=2),
+    "1d_causal": Problem(spatial=(270,), kernel_size=101, dilation=2, is_causal=True, dim=32),
+    "1d_short": Problem(spatial=(5,), kernel_size=3, dim=64, batch=3),
+    "1d_whole": Problem(spatial=(200,), kernel_size=200, dim=128),
+    "2d": Problem(spatial=(21, 30), kernel_size=(12, 9), stride=(3, 2), dilation=(1, 2), is_causal=(True, False), dim=64),
+    "2d_lengths": Problem(
+        spatial=(20, 25), kernel_size=(5, 7), dim=64, batch=4, lengths=((20, 25), (0, 9), (3, 4), (19, 11))
+    ),
+    "2d_clip": Problem(spatial=(20, 25), kernel_size=(9, 6), dilation=(1, 2), border="clip", dim=32),
+    "2d_wrap": Problem(spatial=(20, 24), kernel_size=(5, 6), dilation=(2, 1), border="wrap", dim=64),
+    "2d_scale": Problem(spatial=(16, 16), kernel_size=7, scale=0.5, dim=96),
+    "3d": Problem(spatial=(7, 9, 11), kernel_size=(4, 5, 6), stride=(2, 1, 3), is_causal=(True, False, False), dim=64),
+    "3d_dilated": Problem(spatial=(6, 9, 12), kernel_size=(2, 3, 5), dilation=(2, 3, 1), dim=96, heads_kv=1),
+    "3d_lengths": Problem(spatial=(5, 8, 11), kernel_size=(3, 4, 5), dim=128, batch=2, lengths=((4, 8, 3), (5, 2, 11))),
+    "d192": Problem(spatial=(12, 13), kernel_size=(5, 6), dim=192, batch=2, lengths=((12, 13), (7, 9))),
+    "d256": Problem(spatial=(4, 6, 9), kernel_size=(3, 2, 5), dim=256),
+    "additional": Problem(spatial=(12, 12), kernel_size=5, dim=64, additional=3),
+}
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_fused(name, dtype):
+    problem = replace(PROBLEMS[name], dtype=dtype)
+    assert serves(problem)
+    check_fused(problem, "native")
+
+
+LARGE = {
+    "1d": Problem(spatial=(4000,), kernel_size=700, dim=128, heads=4, heads_kv=2),
+    "1d_causal": Problem(spatial=(5000,), kernel_size=900, stride=64, is_causal=True, dim=64),
+    "2d": Problem(spatial=(90, 100), kernel_size=(31, 40), dim=128),
+    "2d_small": Problem(spatial=(56, 57), kernel_size=7, dim=64, heads=4, batch=8),
+    "2d_lengths": Problem(spatial=(70, 80), kernel_size=(30, 21), dim=64, batch=2, lengths=((70, 51), (33, 80))),
+    "3d": Problem(spatial=(20, 30, 40), kernel_size=(9, 12, 16), dim=64),
+    "3d_dilated": Problem(spatial=(16, 24, 40), kernel_size=(5, 6, 8), dilation=(2, 2, 3), dim=128),
+    "d32": Problem(spatial=(90, 100), kernel_size=(31, 40), dim=32),
+    "d96": Problem(spatial=(90, 100), kernel_size=(31, 40), dim=96),
+    "d192": Problem(spatial=(90, 100), kernel_size=(31, 40), dim=192),
+    "d256": Problem(spatial=(90, 100), kernel_size=(31, 40), dim=256),
+}
+# Of the norm: what rounding weights and outputs leaves.
+LARGEST_ERROR = {"bfloat16": 3e-3, "float16": 5e-4}
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", LARGEST_ERROR)
+@pytest.mark.parametrize("name", LARGE)
+def test_large(name, dtype):
+    problem = replace(LARGE[name], dtype=dtype)
+    assert serves(problem)
+    arrays = problem.arrays(seed=np.random.default_rng().integers(2**31))
+
+    def run(arrays):
+        return fused(problem.rank)(**arrays, **problem.window, return_lse=True, backend="native")
+
+    out, lse = jax.jit(run)(jax.device_put(arrays))
+    again, lse_again = jax.jit(run)(jax.device_put(arrays))
+    np.testing.assert_array_equal(np.asarray(out, np.float32), np.asarray(again, np.float32))
+    np.testing.assert_array_equal(lse, lse_again)
+    with precise("float64"):
+        wide = {name: x.astype(np.float64) for name, x in arrays.items()}
+        expected, lse_expected = jax.jit(run)(jax.device_put(wide, jax.local_devices(backend="cpu")[0]))
+    error = np.linalg.norm(np.asarray(out, np.float64) - expected) / np.linalg.norm(expected)
+    assert error < LARGEST_ERROR[dtype]
+    assert_close(lse, lse_expected, dtype="float32", factor=8)
+
+
+@on_hopper
+@pytest.mark.parametrize("name", ["1d", "2d_lengths", "3d_dilated"])
+def test_every_element_is_written(name):
+    """Results land in memory that held NaN."""
+    problem = replace(PROBLEMS[name], dtype="bfloat16") if name in PROBLEMS else LARGE[name]
+    assert serves(problem)
+    arrays = {name: np.nan_to_num(x) for name, x in problem.arrays().items()}
+
+    def run(arrays):
+        return fused(problem.rank)(**arrays, **problem.window, return_lse=True, backend="native")
+
+    compiled = jax.jit(run).lower(arrays).compile()
+    for _ in range(3):
+        poison = [jax.numpy.full((2**k,), jax.numpy.nan) for k in range(1, 22)]
+        jax.block_until_ready(poison)
+        del poison
+        assert not any(np.isnan(x).any() for x in jax.tree.leaves(compiled(arrays)))
+
+
+@on_hopper
+def test_many_calls_in_one_program():
+    """Recorded in graphs, and again where addresses change."""
+
+    def step(x):
+        return 0.5 * jn.na2d(x, x, x, kernel_size=(3, 2), dilation=(1, 2), backend="native") + 0.1 * x
+
+    @jax.jit
+    def run(x):
+        for _ in range(20):
+            x = step(x)
+        return x
+
+    for seed in range(4):
+        x = jax.random.normal(jax.random.key(seed), (2, 8, 9, 2, 64), jax.numpy.bfloat16)
+        expected = x
+        for _ in range(20):
+            expected = jax.jit(step)(expected)
+        assert_close(run(x), expected, factor=4)
