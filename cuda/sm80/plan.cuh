@@ -73,7 +73,7 @@ struct Plan {
   // Of the columns of several tiles in turn.
   alignas(16) int32_t column[kSlots][kColumns];
   alignas(16) uint32_t place[kSlots][kColumns];
-  int32_t column_entry[kSlots][kColumns];
+  alignas(16) int32_t column_entry[kSlots][kColumns];
   // Over the rows, on each axis: the least begin, the largest end, and what all rows see.
   Span box[kAxes];
   Span inner[kAxes];
