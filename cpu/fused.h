@@ -21,6 +21,7 @@
 #include "cpu/operands.h"
 #include "cpu/parallel.h"
 #include "cpu/problem.h"
+#include "cpu/targets.h"
 #include "cpu/vector.h"
 
 namespace jax_natten {
@@ -44,63 +45,6 @@ Sum bias_of(const Sum* table, const Run<Rank>& run, int64_t m) {
 template <typename Sum>
 const Sum* table_of(const Tensor<const Sum>& tables, int64_t sample, int64_t head) {
   return tables.data == nullptr ? nullptr : tables.head(sample, head).data;
-}
-
-template <typename Element, int Rank>
-void forward_tokens(const ForwardOperands<Element, Rank>& op, int64_t sample_index, int64_t head,
-                    int64_t begin, int64_t end) {
-  using Sum = Accumulator<Element>;
-  const Problem<Rank>& problem = op.problem;
-  const Sample<Rank> sample(problem, sample_index);
-  const int64_t head_kv = head / problem.group();
-  const auto queries = op.q.head(sample_index, head);
-  const auto keys = op.k.head(sample_index, head_kv);
-  const auto values = op.v.head(sample_index, head_kv);
-  const Sum* table = table_of(op.bias, sample_index, head);
-  const auto outs = op.out.head(sample_index, head);
-  const auto lses = op.lse.head(sample_index, head);
-  const Sum scale = static_cast<Sum>(problem.scale);
-
-  auto q = row_buffer<Sum>(problem.dim);
-  auto out = row_buffer<Sum>(problem.value_dim);
-  auto weights = row_buffer<Sum>(problem.most_keys());
-  for (int64_t i = begin; i < end; ++i) {
-    const Neighborhood<Rank> neighborhood = sample.keys_of(i);
-    load_row(q.data(), queries.row(i), problem.dim);
-
-    int64_t n = 0;
-    Sum largest = kNothing<Sum>;
-    neighborhood.for_each_run([&](const Run<Rank>& run) {
-      for (int64_t m = 0; m < run.count; ++m, ++n) {
-        const Element* k = keys.row(run.token + m * run.token_step);
-        weights[n] = scale * dot(q.data(), k, problem.dim) + bias_of(table, run, m);
-        largest = weights[n] > largest ? weights[n] : largest;
-      }
-    });
-
-    const Sum shift = largest == kNothing<Sum> ? Sum{0} : largest;
-    Sum total = 0;
-    for (int64_t m = 0; m < n; ++m) {
-      weights[m] = std::exp(weights[m] - shift);
-      total += weights[m];
-    }
-    if (total == 0) {
-      fill_row(outs.row(i), narrow(Sum{0}, Element{}), problem.value_dim);
-      *lses.row(i) = kNothing<Sum>;
-      continue;
-    }
-
-    n = 0;
-    fill_row(out.data(), Sum{0}, problem.value_dim);
-    neighborhood.for_each_run([&](const Run<Rank>& run) {
-      for (int64_t m = 0; m < run.count; ++m, ++n) {
-        const Element* v = values.row(run.token + m * run.token_step);
-        add_scaled(out.data(), weights[n], v, problem.value_dim);
-      }
-    });
-    store_scaled(outs.row(i), 1 / total, out.data(), problem.value_dim);
-    *lses.row(i) = shift + std::log(total);
-  }
 }
 
 template <typename Element, int Rank>
@@ -276,11 +220,7 @@ double product_flops(const Problem<Rank>& problem) {
 
 template <typename Element, int Rank>
 Job job(const ForwardOperands<Element, Rank>& op) {
-  const Problem<Rank>& p = op.problem;
-  return {over_tokens(p.samples, p.heads, p.queries(), fused::product_flops(p), false,
-                      [op](int64_t sample, int64_t head, int64_t begin, int64_t end) {
-                        fused::forward_tokens(op, sample, head, begin, end);
-                      })};
+  return job_on_target<ForwardArrays<Element>>(call_of(op));
 }
 
 template <typename Element, int Rank>
