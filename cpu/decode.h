@@ -36,7 +36,9 @@ enum class Axis {
   kQueries,
   kKeys,
   kTable,  // 2 k - 1
-  kParts,  // tables that are summed to one
+  kParts,   // tables that are summed to one
+  kDeltas,  // 1, or 0 for kernels that keep no such array
+  kSums,    // the same
   kHeads,
   kHeadsKv,
   kDim,

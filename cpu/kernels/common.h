@@ -8,6 +8,7 @@
 #include <limits>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "cpu/blocks.h"
 #include "cpu/call.h"
@@ -16,5 +17,6 @@
 #include "cpu/parallel.h"
 #include "cpu/problem.h"
 #include "cpu/scratch.h"
+#include "cpu/sums.h"
 #include "cpu/targets.h"
 #include "cpu/tile.h"

@@ -57,7 +57,7 @@ void forward_block(const Call<ForwardArrays<Element>>& call, const Blocks& block
                   parts.of<Sum>(kTileQueries)};
   });
   const auto& m = memory;
-  KeyStream<Element, Sum> stream(block, block.tiles());
+  KeyStream<Element, Sum> stream(block);
   stream.add(m.keys, call.k.head(place.sample, place.head_kv));
   stream.add(m.values, call.v.head(place.sample, place.head_kv));
   clear(m.outs);  // of padding channels too, which nothing else writes

@@ -2,6 +2,7 @@
 //
 // Included by the files of targets/ only, after the headers that other files include too: what
 // those define must not be compiled for an instruction set that the processor may not have.
+#include "cpu/kernels/backward.h"
 #include "cpu/kernels/bias.h"
 #include "cpu/kernels/block.h"
 #include "cpu/kernels/forward.h"
@@ -17,7 +18,9 @@ Job job(const Call<Arrays>& call) {
   return make_job(call);
 }
 
-#define JAX_NATTEN_INSTANTIATE(Element) template Job job(const Call<ForwardArrays<Element>>&)
+#define JAX_NATTEN_INSTANTIATE(Element)                       \
+  template Job job(const Call<ForwardArrays<Element>>& call); \
+  template Job job(const Call<BackwardArrays<Element>>& call)
 
 JAX_NATTEN_INSTANTIATE(float);
 JAX_NATTEN_INSTANTIATE(double);

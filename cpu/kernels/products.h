@@ -167,22 +167,22 @@ void combine(const Rows<Sum>& out, const Sum* weights, const Keys<Sum>& values,
 
 // sum[j] += sum_i weight[j][i] row[i] of so many keys in a row, over the strips of queries in
 // `strips`, for a vector or two of channels.
-template <int kKeys, int kVectors, typename Sum>
+template <int kLanes, int kKeys, int kVectors, typename Sum>
 JAX_NATTEN_INLINE void spread_channels(Sum* sums, const Sum* weights, const Sum* rows,
                                        unsigned strips) {
-  constexpr int kLanes = kWidth<Sum>;
+  constexpr int kStep = kWidth<Sum>;
   Vector<Sum> sum[kKeys][kVectors];
   JAX_NATTEN_UNROLL
   for (int j = 0; j < kKeys; ++j) {
     JAX_NATTEN_UNROLL
-    for (int v = 0; v < kVectors; ++v) sum[j][v] = load(sums + j * kPanel + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) sum[j][v] = load(sums + j * kPanel + v * kStep);
   }
-  for (int first = 0; strips != 0; strips >>= 1, first += kQuad) {
+  for (int first = 0; strips != 0; strips >>= 1, first += kLanes) {
     if ((strips & 1) == 0) continue;
-    for (int i = first; i < first + kQuad; ++i) {
+    for (int i = first; i < first + kLanes; ++i) {
       Vector<Sum> row[kVectors];
       JAX_NATTEN_UNROLL
-      for (int v = 0; v < kVectors; ++v) row[v] = load(rows + i * kPanel + v * kLanes);
+      for (int v = 0; v < kVectors; ++v) row[v] = load(rows + i * kPanel + v * kStep);
       JAX_NATTEN_UNROLL
       for (int j = 0; j < kKeys; ++j) {
         JAX_NATTEN_UNROLL
@@ -193,12 +193,12 @@ JAX_NATTEN_INLINE void spread_channels(Sum* sums, const Sum* weights, const Sum*
   JAX_NATTEN_UNROLL
   for (int j = 0; j < kKeys; ++j) {
     JAX_NATTEN_UNROLL
-    for (int v = 0; v < kVectors; ++v) store(sums + j * kPanel + v * kLanes, sum[j][v]);
+    for (int v = 0; v < kVectors; ++v) store(sums + j * kPanel + v * kStep, sum[j][v]);
   }
 }
 
 // For keys in a row, all channels of them.
-template <int kKeys, typename Sum>
+template <int kLanes, int kKeys, typename Sum>
 __attribute__((noinline)) void spread_keys(Sum* sums, int64_t sums_panel, const Sum* weights,
                                            const Rows<Sum>& rows, unsigned strips) {
   for_each_channels<Sum>(rows.channels, [&](int64_t c, bool two) {
@@ -206,43 +206,58 @@ __attribute__((noinline)) void spread_keys(Sum* sums, int64_t sums_panel, const 
     Sum* to = sums + p * sums_panel + in_panel;
     const Sum* from = rows.data + p * rows.panel + in_panel;
     if (two) {
-      spread_channels<kKeys, 2>(to, weights, from, strips);
+      spread_channels<kLanes, kKeys, 2>(to, weights, from, strips);
     } else {
-      spread_channels<kKeys, 1>(to, weights, from, strips);
+      spread_channels<kLanes, kKeys, 1>(to, weights, from, strips);
     }
   });
 }
 
-// sum[j] += sum_i weight[j][i] row[i] for all keys of the tile's box; the weights of pairs that
-// don't see each other are 0.
-template <typename Sum>
-void spread(const Keys<Sum>& sums, const Sum* weights, const Rows<Sum>& rows, const Shape& shape) {
-  constexpr int kMost = 6;
-  constexpr int kStrips = kTileQueries / kQuad;
+// The same for all keys of the tile's box, so many at a time, and strips of so many queries.
+template <int kLanes, int kMost, typename Sum>
+void spread_strips(const Keys<Sum>& sums, const Sum* weights, const Rows<Sum>& rows,
+                   const Shape& shape) {
+  constexpr int kStrips = kTileQueries / kLanes;
   Box box[kStrips];
-  for (int s = 0; s < kStrips; ++s) box[s] = shape.quads[s].box;
+  for (int s = 0; s < kStrips; ++s) {
+    box[s] = kLanes == 1 ? shape.box_of(s) : shape.strip(s * kLanes, kLanes).box;
+  }
   const auto has = [](const Range& range, int begin, int end) {
     return range.begin < end && begin < range.end;
   };
   const int runs = (shape.size[2] + kMost - 1) / kMost;
-  const int length = runs == 0 ? 0 : (shape.size[2] + runs - 1) / runs;
+  const int length = runs == 0 ? 1 : (shape.size[2] + runs - 1) / runs;
   for (int z = 0; z < shape.size[0]; ++z) {
     for (int y = 0; y < shape.size[1]; ++y, weights += shape.size[2] * kTileQueries) {
+      unsigned in_row = 0;
+      for (int s = 0; s < kStrips; ++s) {
+        const bool sees = has(box[s].axis[0], z, z + 1) && has(box[s].axis[1], y, y + 1);
+        in_row |= unsigned{sees} << s;
+      }
       for (int x = 0; x < shape.size[2]; x += length) {
         const int count = std::min(length, shape.size[2] - x);
-        unsigned strips = 0;
+        unsigned strips = in_row;
         for (int s = 0; s < kStrips; ++s) {
-          const auto& axis = box[s].axis;
-          const bool sees = has(axis[0], z, z + 1) && has(axis[1], y, y + 1) && has(axis[2], x, x + count);
-          strips |= unsigned{sees} << s;
+          if (!has(box[s].axis[2], x, x + count)) strips &= ~(1u << s);
         }
         if (strips == 0) continue;
         with_constant<kMost>(count, [&](auto keys) {
-          spread_keys<decltype(keys)::value>(sums.at(z, y, x), sums.rows.panel,
-                                             weights + x * kTileQueries, rows, strips);
+          spread_keys<kLanes, decltype(keys)::value>(sums.at(z, y, x), sums.rows.panel,
+                                                     weights + x * kTileQueries, rows, strips);
         });
       }
     }
+  }
+}
+
+// sum[j] += sum_i weight[j][i] row[i] for all keys of the tile's box. The weights of pairs that
+// don't see each other are 0, and never meet a row that is not finite.
+template <typename Sum>
+void spread(const Keys<Sum>& sums, const Sum* weights, const Rows<Sum>& rows, const Shape& shape) {
+  if (is_finite(rows)) {
+    spread_strips<kQuad, 6>(sums, weights, rows, shape);
+  } else {
+    spread_strips<1, 1>(sums, weights, rows, shape);
   }
 }
 

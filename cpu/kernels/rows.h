@@ -113,8 +113,9 @@ class KeyStream {
  public:
   using Head = typename Tensor<const Element>::Head;
 
-  KeyStream(const BlockView& block, int64_t tiles)
-      : tokens_(block.key_tokens()), share_(block.keys() / std::max<int64_t>(tiles, 1) + 1) {}
+  explicit KeyStream(const BlockView& block)
+      : tokens_(block.key_tokens()),
+        share_(block.keys() / std::max<int64_t>(block.tiles(), 1) + 1) {}
 
   void add(const Rows<Sum>& rows, const Head& from) { arrays_[count_++] = {rows, from}; }
 
