@@ -71,8 +71,8 @@ struct Handlers {
 
   static Result backward(Context context, In q, In k, In v, In bias, In frame, In out, In lse,
                          In ct_out, In ct_lse, Out dq, Out dk, Out dv, Out dbias, Out delta,
-                         Out dbias_parts, Out dk_sums, Out dv_sums, Sizes kernel_size,
-                         Sizes stride, Sizes dilation, Sizes is_causal, bool tf32, double scale) {
+                         Out dbias_parts, Out dk_sums, Out dv_sums, Sizes kernel_size, Sizes stride,
+                         Sizes dilation, Sizes is_causal, bool tf32, double scale) {
     return dispatch(q.element_type(), context,
                     {kernel_size, stride, dilation, is_causal, tf32, scale},
                     BackwardBuffers{q, k, v, bias, frame, out, lse, ct_out, ct_lse, *dq, *dk, *dv,

@@ -18,18 +18,22 @@ inline constexpr int kTileQueries = 16;
 // more is a block of its own.
 inline constexpr int64_t kBlockBytes = 768 << 10;
 
+// Enough for the threads of most machines; a task takes more heads where there are more.
+inline constexpr int64_t kTasks = 16;
+
 // Queries along an axis are counted within a dilation group.
 struct Blocks {
   Tiling tiling;
   int64_t size[kAxes];    // queries of a block along an axis, whole tiles
   int64_t count[kAxes];   // blocks along a dilation group
   int64_t groups[kAxes];  // dilation groups that have a query
+  int64_t heads;          // of keys that a task takes one after the other, as they lie in memory
 };
 
 // Where a task's part of the queries lies.
 struct Place {
   int64_t sample;
-  int64_t head_kv;
+  geometry::Interval heads_kv;
   int64_t group[kAxes];  // array index of the dilation group's first query
   int64_t part[kAxes];   // along the group
 };
@@ -38,10 +42,22 @@ struct Place {
 struct Numbering {
   int64_t parts[kAxes];
   int64_t groups[kAxes];
+  int64_t heads;  // of a task, perhaps fewer of the last
   int64_t heads_kv;
   int64_t samples;
 
-  int64_t count() const { return product(parts) * product(groups) * heads_kv * samples; }
+  Numbering(const Problem<kAxes>& problem, const Blocks& blocks,
+            const int64_t (&part_counts)[kAxes])
+      : heads(blocks.heads), heads_kv(problem.heads_kv), samples(problem.samples) {
+    for (int a = 0; a < kAxes; ++a) {
+      parts[a] = part_counts[a];
+      groups[a] = blocks.groups[a];
+    }
+  }
+
+  int64_t count() const {
+    return product(parts) * product(groups) * geometry::ceil_div(heads_kv, heads) * samples;
+  }
 
   Place place(int64_t task) const {
     Place result;
@@ -50,24 +66,14 @@ struct Numbering {
       task /= size;
       return digit;
     };
-    result.head_kv = next(heads_kv);
+    const int64_t head = next(geometry::ceil_div(heads_kv, heads)) * heads;
+    result.heads_kv = {head, geometry::min(head + heads, heads_kv)};
     for (int a = kAxes - 1; a >= 0; --a) result.group[a] = next(groups[a]);
     for (int a = kAxes - 1; a >= 0; --a) result.part[a] = next(parts[a]);
     result.sample = task;
     return result;
   }
 };
-
-template <typename Arrays>
-Numbering number_parts(const Call<Arrays>& call, const Blocks& blocks,
-                       const int64_t (&parts)[kAxes]) {
-  Numbering result{{}, {}, call.problem.heads_kv, call.problem.samples};
-  for (int a = 0; a < kAxes; ++a) {
-    result.parts[a] = parts[a];
-    result.groups[a] = blocks.groups[a];
-  }
-  return result;
-}
 
 // Blocks grow from a tile, each time along the axis that saves most keys a query, while their
 // keys of so many bytes fit.
@@ -105,9 +111,13 @@ inline Blocks choose_blocks(const Problem<kAxes>& problem, int rank, int64_t byt
     blocks.count[a] = geometry::ceil_div(positions, blocks.size[a]);
     if (blocks.count[a] == 0) continue;
     // Of equal size.
-    blocks.size[a] = geometry::ceil_div(geometry::ceil_div(positions, blocks.count[a]), tile) * tile;
+    blocks.size[a] =
+        geometry::ceil_div(geometry::ceil_div(positions, blocks.count[a]), tile) * tile;
     blocks.count[a] = geometry::ceil_div(positions, blocks.size[a]);
   }
+  const int64_t places = product(blocks.count) * product(blocks.groups) * problem.samples;
+  blocks.heads =
+      geometry::max(geometry::min(places * problem.heads_kv / kTasks, problem.heads_kv), 1);
   return blocks;
 }
 

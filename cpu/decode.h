@@ -35,7 +35,7 @@ enum class Axis {
   kBatch,
   kQueries,
   kKeys,
-  kTable,  // 2 k - 1
+  kTable,   // 2 k - 1
   kParts,   // tables that are summed to one
   kDeltas,  // 1, or 0 for kernels that keep no such array
   kSums,    // the same

@@ -31,7 +31,7 @@ namespace ffi = ::xla::ffi;
 
 struct Phase {
   int64_t tasks;
-  double flops;  // of all tasks, roughly
+  double flops;                                             // of all tasks, roughly
   std::function<void(int64_t task, Scratch& scratch)> run;  // the scratch is the worker's
 };
 

@@ -15,7 +15,8 @@ class Scratch {
   std::byte* take(int64_t bytes) {
     if (bytes > size_) {
       memory_.reset();
-      memory_.reset(static_cast<std::byte*>(::operator new(static_cast<size_t>(bytes), kAlignment)));
+      memory_.reset(
+          static_cast<std::byte*>(::operator new(static_cast<size_t>(bytes), kAlignment)));
       size_ = bytes;
     }
     return memory_.get();

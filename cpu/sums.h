@@ -20,9 +20,7 @@ template <typename Run>
 Phase over_range(int64_t size, Run run) {
   constexpr int64_t kPart = 1 << 16;
   return {geometry::ceil_div(size, kPart), static_cast<double>(size),
-          [=](int64_t task, Scratch&) {
-            run(task * kPart, std::min((task + 1) * kPart, size));
-          }};
+          [=](int64_t task, Scratch&) { run(task * kPart, std::min((task + 1) * kPart, size)); }};
 }
 
 // Elements of an array of keys.
@@ -30,11 +28,12 @@ inline int64_t size_of_keys(const Problem<kAxes>& problem, int64_t channels) {
   return problem.samples * problem.keys() * problem.heads_kv * channels;
 }
 
-// Calls run(place) for blocks of one sample and head, in order.
+// Calls run(place) for blocks of one sample and some heads, in order.
 template <typename Run>
-void for_each_block(int64_t sample, int64_t head_kv, const geometry::Interval (&groups)[kAxes],
+void for_each_block(int64_t sample, const geometry::Interval& heads_kv,
+                    const geometry::Interval (&groups)[kAxes],
                     const geometry::Interval (&parts)[kAxes], Run&& run) {
-  Place place{sample, head_kv, {}, {}};
+  Place place{sample, heads_kv, {}, {}};
   auto& [gz, gy, gx] = place.group;
   auto& [z, y, x] = place.part;
   for (gz = groups[0].begin; gz < groups[0].end; ++gz) {
@@ -56,9 +55,9 @@ Job over_slabs(const Problem<kAxes>& problem, const Blocks& blocks, double flops
   const Slabs slabs = choose_slabs(problem, blocks);
   Job job;
   for (int64_t parity = 0; parity < 2; ++parity) {
-    Numbering numbering{{}, {}, problem.heads_kv, problem.samples};
-    slabs.parts(parity, numbering.parts);
-    std::copy_n(blocks.groups, kAxes, numbering.groups);
+    int64_t counts[kAxes];
+    slabs.parts(parity, counts);
+    const Numbering numbering(problem, blocks, counts);
     job.push_back({numbering.count(), flops / 2, [=](int64_t task, Scratch& scratch) {
                      const Place slab = numbering.place(task);
                      geometry::Interval groups[kAxes], parts[kAxes];
@@ -67,9 +66,9 @@ Job over_slabs(const Problem<kAxes>& problem, const Blocks& blocks, double flops
                        parts[a] = {0, blocks.count[a]};
                      }
                      const int64_t first = (2 * slab.part[slabs.axis] + parity) * slabs.blocks;
-                     parts[slabs.axis] = {
-                         first, std::min(first + slabs.blocks, blocks.count[slabs.axis])};
-                     for_each_block(slab.sample, slab.head_kv, groups, parts,
+                     parts[slabs.axis] = {first,
+                                          std::min(first + slabs.blocks, blocks.count[slabs.axis])};
+                     for_each_block(slab.sample, slab.heads_kv, groups, parts,
                                     [&](const Place& place) { run(place, scratch); });
                    }});
   }
@@ -89,7 +88,7 @@ Job over_heads(const Problem<kAxes>& problem, const Blocks& blocks, double flops
                groups[a] = {0, blocks.groups[a]};
                parts[a] = {0, blocks.count[a]};
              }
-             for_each_block(task / heads, task % heads, groups, parts,
+             for_each_block(task / heads, {task % heads, task % heads + 1}, groups, parts,
                             [&](const Place& place) { run(place, scratch); });
            }}};
 }

@@ -18,10 +18,10 @@
 
 namespace jax_natten {
 
-#define JAX_NATTEN_DECLARE(name)           \
-  namespace name {                         \
-  template <typename Arrays>               \
-  Job job(const Call<Arrays>& call);       \
+#define JAX_NATTEN_DECLARE(name)     \
+  namespace name {                   \
+  template <typename Arrays>         \
+  Job job(const Call<Arrays>& call); \
   }
 JAX_NATTEN_TARGETS(JAX_NATTEN_DECLARE)
 #undef JAX_NATTEN_DECLARE

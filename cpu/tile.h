@@ -140,8 +140,8 @@ inline constexpr int kQuad = 4;  // lanes, the least that are summed over the sa
 // What a tile's queries see, from the begin of its box; a lane is a query.
 struct Shape {
   int pattern[kAxes];
-  int size[kAxes];     // of the box
-  Lanes lanes[kAxes];  // empty on all axes for a query that sees nothing
+  int size[kAxes];             // of the box
+  Lanes lanes[kAxes];          // empty on all axes for a query that sees nothing
   int64_t bias[kTileQueries];  // index in the table of the key at (0, 0, 0)
   int64_t slot[kTileQueries];
   bool sees[kTileQueries];
@@ -339,7 +339,7 @@ class BlockView {
   const Tiling& tiling_;
   AxisBlock axis_[kAxes];
   std::vector<int64_t> key_tokens_;
-  int step_[kAxes][kTileQueries];       // along an axis from a tile's first query to each
+  int step_[kAxes][kTileQueries];     // along an axis from a tile's first query to each
   int64_t lane_token_[kTileQueries];  // row-major, the same
 };
 

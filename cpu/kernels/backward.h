@@ -32,13 +32,15 @@ void add_dot(Sum* lanes, const Sum* a, const Sum* b, const Sum* d, int64_t chann
   }
 }
 
-// Makes weights of logits.
+// Makes weights of logits, 0 where a query does not see a key, even where the query's lse is NaN.
 template <typename Sum>
 __attribute__((noinline)) void exponentials(Sum* logits, const Sum* shifts, const Shape& shape) {
+  const Vector<Sum> nothing = splat<Sum>(-kInfinity<Sum>);
   for (int first = 0; first < kTileQueries; first += kWidth<Sum>) {
     const Vector<Sum> shift = load(shifts + first);
     for_each_entry<Sum>(shape, first, [&](int64_t entry) JAX_NATTEN_LAMBDA {
-      store(logits + entry, exp2<Sum>(load(logits + entry) - shift));
+      const Vector<Sum> logit = load(logits + entry);
+      store(logits + entry, select(logit == nothing, Vector<Sum>{}, exp2<Sum>(logit - shift)));
     });
   }
 }
@@ -116,31 +118,20 @@ class BackwardBlock {
 
   void run() {
     const Memory& m = memory_;
-    KeyStream<Element, Sum> stream(block_);
-    stream.add(m.keys, call_.k.head(place_.sample, place_.head_kv));
-    stream.add(m.values, call_.v.head(place_.sample, place_.head_kv));
-    clear(m.key_sums);
-    clear(m.value_sums);
+    const int64_t group = problem_.group();
+    KeyStream<Element, Sum> stream(block_, place_);
+    stream.add(m.keys, call_.k);
+    stream.add(m.values, call_.v);
     clear(m.query_sums);  // of padding channels too, which nothing else writes
-    for (int64_t h = 0; h < problem_.group(); ++h) {
-      const int64_t head = place_.head_kv * problem_.group() + h;
-      Shape last{};
-      block_.for_each_tile([&](const Tile& tile, const Tile& next, const Shape& shape, bool is_new) {
-        stream.pack(block_.end_of(tile));
-        stream.fetch_some();
-        prefetch(next, head);
-        if (call_.has_bias() && is_new) {
-          add_bias_gradient(last, head);
-          read_bias(m.bias, call_.bias.head(place_.sample, head).data, shape, problem_,
-                    kLog2E<Sum>);
-          std::fill_n(m.bias_sums, shape.keys() * kTileQueries, Sum{0});
-          last = shape;
-        }
-        run_tile(tile, shape, head);
-      });
-      if (call_.has_bias()) add_bias_gradient(last, head);
+    for (int64_t head_kv = place_.heads_kv.begin; head_kv < place_.heads_kv.end; ++head_kv) {
+      stream.next_head();
+      clear(m.key_sums);
+      clear(m.value_sums);
+      for (int64_t head = head_kv * group; head < (head_kv + 1) * group; ++head) {
+        run_head(stream, head);
+      }
+      add_key_sums(head_kv);
     }
-    add_key_sums();
   }
 
  private:
@@ -152,15 +143,28 @@ class BackwardBlock {
     Sum *lse, *delta, *maxima;
   };
 
-  void prefetch(const Tile& next, int64_t head) const {
-    prefetch_queries<0>(call_.q.head(place_.sample, head), next, problem_.dim);
-    prefetch_queries<0>(call_.out.head(place_.sample, head), next, problem_.value_dim);
-    prefetch_queries<0>(call_.ct_out.head(place_.sample, head), next, problem_.value_dim);
-    prefetch_queries<1>(call_.dq.head(place_.sample, head), next, problem_.dim);
+  void run_head(KeyStream<Element, Sum>& stream, int64_t head) const {
+    const Memory& m = memory_;
+    Shape last{};
+    block_.for_each_tile([&](const Tile& tile, const Tile& next, const Shape& shape, bool is_new) {
+      if (call_.has_bias() && is_new) {
+        add_bias_gradient(last, head);
+        read_bias(m.bias, call_.bias.head(place_.sample, head).data, shape, problem_, kLog2E<Sum>);
+        std::fill_n(m.bias_sums, shape.keys() * kTileQueries, Sum{0});
+        last = shape;
+      }
+      stream.pack(block_.end_of(tile));
+      run_tile(stream, tile, next, shape, head);
+    });
+    if (call_.has_bias()) add_bias_gradient(last, head);
   }
 
-  void run_tile(const Tile& tile, const Shape& shape, int64_t head) {
+  void run_tile(KeyStream<Element, Sum>& stream, const Tile& tile, const Tile& next,
+                const Shape& shape, int64_t head) const {
     const Memory& m = memory_;
+    const auto fetch = [&](const Tensor<const Element>& from, int64_t channels) {
+      prefetch_queries<0>(from.head(place_.sample, head), next, channels);
+    };
     const auto lses = call_.lse.head(place_.sample, head);
     const auto ct_lses = call_.ct_lse.head(place_.sample, head);
     // A query all of whose logits are -infinity has no derivative.
@@ -180,17 +184,21 @@ class BackwardBlock {
     pack(m.queries, m.queries_transposed, call_.q, scale);
     pack(m.ct_outs, m.ct_outs_transposed, call_.ct_out, 1);
     pack(m.outs, m.outs_transposed, call_.out, -1);
+    fetch(call_.q, problem_.dim);
     add_dot(m.delta, m.delta, m.ct_outs_transposed, m.outs_transposed, problem_.value_dim);
 
     const Keys<Sum> keys(m.keys, block_, tile), values(m.values, block_, tile);
     tile_logits(m.weights, m.maxima, keys, m.queries_transposed,
                 call_.has_bias() ? m.bias : nullptr, shape);
+    fetch(call_.ct_out, problem_.value_dim);
     exponentials(m.weights, m.lse, shape);
     tile_products(m.gradients, values, m.ct_outs_transposed, shape);
+    stream.fetch_some();
     gradients_of_logits(m.gradients, m.weights, m.delta, shape);
     if (call_.has_bias()) add_entries(m.bias_sums, m.gradients, shape);
 
     combine(m.query_sums, m.gradients, keys, shape);
+    fetch(call_.out, problem_.value_dim);
     Sum scales[kTileQueries];
     for (int l = 0; l < kTileQueries; ++l) {
       scales[l] = static_cast<Sum>(problem_.scale);
@@ -198,6 +206,8 @@ class BackwardBlock {
     }
     unpack_queries<Element>(call_.dq.head(place_.sample, head), tile, m.query_sums, scales);
     spread(Keys<Sum>(m.value_sums, block_, tile), m.weights, m.ct_outs, shape);
+    stream.fetch_some();
+    prefetch_queries<1>(call_.dq.head(place_.sample, head), next, problem_.dim);
     spread(Keys<Sum>(m.key_sums, block_, tile), m.gradients, m.queries, shape);
   }
 
@@ -206,14 +216,17 @@ class BackwardBlock {
   }
 
   // The packed queries' scale has a factor that the gradient's has not.
-  void add_key_sums() const {
-    const auto dk = sums_of(call_.dk, call_.dk_sums).head(place_.sample, place_.head_kv);
-    const auto dv = sums_of(call_.dv, call_.dv_sums).head(place_.sample, place_.head_kv);
-    int64_t index = 0;
-    for (int64_t token : block_.key_tokens()) {
-      add_row(dk.row(token), memory_.key_sums, index, kLn2<Sum>);
-      add_row(dv.row(token), memory_.value_sums, index, Sum{1});
-      ++index;
+  void add_key_sums(int64_t head_kv) const {
+    const auto dk = sums_of(call_.dk, call_.dk_sums).head(place_.sample, head_kv);
+    const auto dv = sums_of(call_.dv, call_.dv_sums).head(place_.sample, head_kv);
+    constexpr int64_t kAhead = 16;
+    const std::vector<int64_t>& tokens = block_.key_tokens();
+    for (int64_t i = 0; i < block_.keys(); ++i) {
+      const int64_t ahead = tokens[std::min(i + kAhead, block_.keys() - 1)];
+      prefetch_row<1>(dk.row(ahead), problem_.dim);
+      prefetch_row<1>(dv.row(ahead), problem_.value_dim);
+      add_row(dk.row(tokens[i]), memory_.key_sums, i, kLn2<Sum>);
+      add_row(dv.row(tokens[i]), memory_.value_sums, i, Sum{1});
     }
   }
 
@@ -249,7 +262,7 @@ template <typename Element>
 Job make_job(const Call<BackwardArrays<Element>>& call) {
   using Sum = Accumulator<Element>;
   const Problem<kAxes>& problem = call.problem;
-  const Blocks blocks = choose_blocks(problem, call.rank, 2 * bytes_per_key<Element>(problem));
+  const Blocks blocks = choose_blocks(problem, call.rank, bytes_per_key<Element>(problem));
   const double flops = 5 * products(problem, blocks);
   const auto clear_tables = [=](int64_t sample, int64_t head_kv) {
     const int64_t group = call.problem.group();

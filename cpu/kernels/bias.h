@@ -1,5 +1,5 @@
-// The bias of a tile: an entry for every key of its box and query, read from a table of offsets, and
-// the sum of such entries to the gradient of the table.
+// The bias of a tile: an entry for every key of its box and query, read from a table of offsets,
+// and the sum of such entries to the gradient of the table.
 //
 // Tiles of equal shape have equal entries, so that few tiles need the table.
 #pragma once

@@ -1,6 +1,6 @@
-// Forward: lse = log sum exp(s), out = sum exp(s - lse) v, with s = scale q.k + bias, per query over
-// the keys that it sees. A query without a key, or all of whose logits are -infinity, has out 0 and
-// lse -infinity.
+// Forward: lse = log sum exp(s), out = sum exp(s - lse) v, with s = scale q.k + bias, per query
+// over the keys that it sees. A query without a key, or all of whose logits are -infinity, has out
+// 0 and lse -infinity.
 #pragma once
 
 #include <cstdint>
@@ -57,33 +57,35 @@ void forward_block(const Call<ForwardArrays<Element>>& call, const Blocks& block
                   parts.of<Sum>(kTileQueries)};
   });
   const auto& m = memory;
-  KeyStream<Element, Sum> stream(block);
-  stream.add(m.keys, call.k.head(place.sample, place.head_kv));
-  stream.add(m.values, call.v.head(place.sample, place.head_kv));
+  KeyStream<Element, Sum> stream(block, place);
+  stream.add(m.keys, call.k);
+  stream.add(m.values, call.v);
   clear(m.outs);  // of padding channels too, which nothing else writes
   const Sum scale = static_cast<Sum>(problem.scale) * kLog2E<Sum>;
 
-  for (int64_t h = 0; h < problem.group(); ++h) {
-    const int64_t head = place.head_kv * problem.group() + h;
+  const int64_t group = problem.group();
+  for (int64_t head = place.heads_kv.begin * group; head < place.heads_kv.end * group; ++head) {
+    if (head % group == 0) stream.next_head();
     const auto queries = call.q.head(place.sample, head);
     const auto outs = call.out.head(place.sample, head);
     const auto lses = call.lse.head(place.sample, head);
     block.for_each_tile([&](const Tile& tile, const Tile& next, const Shape& shape, bool is_new) {
       stream.pack(block.end_of(tile));
-      stream.fetch_some();
+      pack_queries<Element>(m.queries, tile, shape.sees, queries, scale);
+      transpose_queries(m.transposed, m.queries);
       prefetch_queries<0>(queries, next, problem.dim);
-      prefetch_queries<1>(outs, next, problem.value_dim);
       if (call.has_bias() && is_new) {
         const Sum* table = call.bias.head(place.sample, head).data;
         read_bias(m.bias, table, shape, problem, kLog2E<Sum>);
       }
-      pack_queries<Element>(m.queries, tile, shape.sees, queries, scale);
-      transpose_queries(m.transposed, m.queries);
       const Sum* bias = call.has_bias() ? m.bias : nullptr;
       tile_logits(m.logits, m.maxima, Keys<Sum>(m.keys, block, tile), m.transposed, bias, shape);
+      stream.fetch_some();
       softmax(m.logits, m.lse, m.factors, m.maxima, shape);
+      stream.fetch_some();
       combine(m.outs, m.logits, Keys<Sum>(m.values, block, tile), shape);
       unpack_queries<Element>(outs, tile, m.outs, m.factors);
+      prefetch_queries<1>(outs, next, problem.value_dim);
       for (int l = 0; l < kTileQueries; ++l) {
         if (tile.token[l] >= 0) *lses.row(tile.token[l]) = m.lse[l];
       }
@@ -93,12 +95,13 @@ void forward_block(const Call<ForwardArrays<Element>>& call, const Blocks& block
 
 template <typename Element>
 Job make_job(const Call<ForwardArrays<Element>>& call) {
-  const Blocks blocks = choose_blocks(call.problem, call.rank, bytes_per_key<Element>(call.problem));
-  const Numbering numbering = number_parts(call, blocks, blocks.count);
-  return {{numbering.count(), 2 * products(call.problem, blocks),
-           [=](int64_t task, Scratch& scratch) {
-             forward_block(call, blocks, numbering.place(task), scratch);
-           }}};
+  const Blocks blocks =
+      choose_blocks(call.problem, call.rank, bytes_per_key<Element>(call.problem));
+  const Numbering numbering(call.problem, blocks, blocks.count);
+  return {
+      {numbering.count(), 2 * products(call.problem, blocks), [=](int64_t task, Scratch& scratch) {
+         forward_block(call, blocks, numbering.place(task), scratch);
+       }}};
 }
 
 }  // namespace jax_natten::JAX_NATTEN_TARGET

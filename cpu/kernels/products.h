@@ -18,7 +18,7 @@ namespace jax_natten::JAX_NATTEN_TARGET {
 // Packed keys of a tile's box within those of its block.
 template <typename Sum>
 struct Keys {
-  Rows<Sum> rows;    // the first is that of the box' first key
+  Rows<Sum> rows;      // the first is that of the box' first key
   int64_t row[kAxes];  // from one key to the next along an axis, in rows
 
   Keys(const Rows<Sum>& packed, const BlockView& block, const Tile& tile)
@@ -87,8 +87,9 @@ JAX_NATTEN_INLINE void for_each_product(const Keys<Sum>& keys, const Sum* querie
 // out[g] = sum_j weight[j][g] value[j] over the keys of a box, of so many queries in a row and a
 // vector or two of channels.
 template <int kQueries, int kVectors, typename Sum>
-__attribute__((noinline)) void combine_channels(Sum* out, const Sum* weights, const Keys<Sum>& values,
-                                                int64_t offset, const Box& box, const int (&size)[kAxes]) {
+__attribute__((noinline)) void combine_channels(Sum* out, const Sum* weights,
+                                                const Keys<Sum>& values, int64_t offset,
+                                                const Box& box, const int (&size)[kAxes]) {
   constexpr int kLanes = kWidth<Sum>;
   Vector<Sum> sum[kQueries][kVectors];
   JAX_NATTEN_UNROLL

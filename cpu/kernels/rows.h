@@ -107,56 +107,74 @@ JAX_NATTEN_INLINE void add_row(Sum* to, const Rows<Sum>& rows, int64_t index, Su
   for (int64_t c = 0; c < left; ++c) to[c] += scale * from[c];
 }
 
-// Packs rows of keys while tiles need them, and fetches those ahead meanwhile.
+// Packs rows of keys, head after head, while tiles need them, and fetches those ahead meanwhile.
 template <typename Element, typename Sum>
 class KeyStream {
  public:
-  using Head = typename Tensor<const Element>::Head;
-
-  explicit KeyStream(const BlockView& block)
+  KeyStream(const BlockView& block, const Place& place)
       : tokens_(block.key_tokens()),
-        share_(block.keys() / std::max<int64_t>(block.tiles(), 1) + 1) {}
+        size_(block.keys()),
+        share_(size_ / std::max<int64_t>(2 * block.tiles(), 1) + 1),
+        place_(place),
+        head_(place.heads_kv.begin - 1) {}
 
-  void add(const Rows<Sum>& rows, const Head& from) { arrays_[count_++] = {rows, from}; }
+  void add(const Rows<Sum>& rows, const Tensor<const Element>& from) {
+    arrays_[count_++] = {rows, from};
+  }
+
+  void next_head() {
+    ++head_;
+    packed_ = 0;
+    fetched_ = std::max<int64_t>(fetched_ - size_, 0);
+  }
 
   // Packs all that precede the end of a tile's box.
   void pack(int64_t end) {
-    for (int64_t i = packed_; i < end; ++i) {
-      fetch(std::min(i + kAhead, size()));
-      for (int a = 0; a < count_; ++a) {
-        pack_row(arrays_[a].rows, i, arrays_[a].from.row(tokens_[i]), Sum{1});
+    for (int a = 0; a < count_; ++a) {
+      const Rows<Sum>& rows = arrays_[a].rows;
+      const auto from = arrays_[a].from.head(place_.sample, head_);
+      for (int64_t i = packed_; i < end; ++i) {
+        const int64_t ahead = std::min(i + kAhead, size_ - 1);
+        if (ahead >= fetched_) prefetch_row<0>(from.row(tokens_[ahead]), rows.channels);
+        pack_row(rows, i, from.row(tokens_[i]), Sum{1});
       }
     }
     packed_ = std::max(packed_, end);
+    fetched_ = std::max(fetched_, std::min(end + kAhead, size_));
   }
 
-  // A tile's share of what is ahead.
-  void fetch_some() { fetch(std::min(fetched_ + share_, size())); }
+  // Half of a tile's share of what is ahead, also in the next head: as many rows as the processor
+  // fetches at a time.
+  void fetch_some() {
+    const int64_t end = std::min(fetched_ + share_, 2 * size_);
+    for (; fetched_ < end; ++fetched_) {
+      const bool is_next = fetched_ >= size_;
+      if (is_next && head_ + 1 == place_.heads_kv.end) return;
+      for (int a = 0; a < count_; ++a) {
+        const auto from = arrays_[a].from.head(place_.sample, head_ + (is_next ? 1 : 0));
+        prefetch_row<0>(from.row(tokens_[is_next ? fetched_ - size_ : fetched_]),
+                        arrays_[a].rows.channels);
+      }
+    }
+  }
 
  private:
   static constexpr int64_t kAhead = 48;
 
-  int64_t size() const { return static_cast<int64_t>(tokens_.size()); }
-
-  void fetch(int64_t end) {
-    for (; fetched_ < end; ++fetched_) {
-      for (int a = 0; a < count_; ++a) {
-        prefetch_row<0>(arrays_[a].from.row(tokens_[fetched_]), arrays_[a].rows.channels);
-      }
-    }
-  }
-
   struct Array {
     Rows<Sum> rows;
-    Head from;
+    Tensor<const Element> from;
   };
 
   const std::vector<int64_t>& tokens_;
-  int64_t share_;
+  const int64_t size_;
+  const int64_t share_;
+  const Place& place_;
+  int64_t head_;
   Array arrays_[4];
   int count_ = 0;
   int64_t packed_ = 0;
-  int64_t fetched_ = 0;
+  int64_t fetched_ = 0;  // of this head and the next
 };
 
 // The queries of a tile that see a key, the others as zeros: whatever they hold never matters.

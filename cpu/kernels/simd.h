@@ -93,8 +93,8 @@ struct Format<float> {
   static constexpr float kBias = 127;
   static constexpr float kToInteger = 0x1.8p23f;  // adding it rounds to an integer
   // 2^x on [-1/2, 1/2] to 1e-7, by descending power.
-  static constexpr float kExp2[] = {1.326472731307149e-3f,  9.671512991189957e-3f,
-                                    5.550733581185341e-2f,  2.4022242426872253e-1f,
+  static constexpr float kExp2[] = {1.326472731307149e-3f, 9.671512991189957e-3f,
+                                    5.550733581185341e-2f, 2.4022242426872253e-1f,
                                     6.931470036506653e-1f, 1.f};
   static constexpr int kTerms = std::size(kExp2);
   static constexpr int kLogTerms = 5;
@@ -106,12 +106,13 @@ struct Format<double> {
   static constexpr double kBias = 1023;
   static constexpr double kToInteger = 0x1.8p52;
   // ln(2)^n / n!
-  static constexpr double kExp2[] = {
-      1.3691488853904124e-12, 2.5678435993488196e-11, 4.44553827187081e-10,
-      7.054911620801121e-09,  1.0178086009239696e-07, 1.3215486790144305e-06,
-      1.5252733804059838e-05, 1.5403530393381606e-04, 1.3333558146428441e-03,
-      9.618129107628477e-03,  5.5504108664821576e-02, 2.402265069591007e-01,
-      6.931471805599453e-01,  1.0};
+  static constexpr double kExp2[] = {1.3691488853904124e-12, 2.5678435993488196e-11,
+                                     4.44553827187081e-10,   7.054911620801121e-09,
+                                     1.0178086009239696e-07, 1.3215486790144305e-06,
+                                     1.5252733804059838e-05, 1.5403530393381606e-04,
+                                     1.3333558146428441e-03, 9.618129107628477e-03,
+                                     5.5504108664821576e-02, 2.402265069591007e-01,
+                                     6.931471805599453e-01,  1.0};
   static constexpr int kTerms = std::size(kExp2);
   static constexpr int kLogTerms = 11;
 };
