@@ -21,6 +21,7 @@
 #include "cpu/operands.h"
 #include "cpu/parallel.h"
 #include "cpu/problem.h"
+#include "cpu/targets.h"
 #include "cpu/vector.h"
 
 namespace jax_natten {
@@ -44,63 +45,6 @@ Sum bias_of(const Sum* table, const Run<Rank>& run, int64_t m) {
 template <typename Sum>
 const Sum* table_of(const Tensor<const Sum>& tables, int64_t sample, int64_t head) {
   return tables.data == nullptr ? nullptr : tables.head(sample, head).data;
-}
-
-template <typename Element, int Rank>
-void forward_tokens(const ForwardOperands<Element, Rank>& op, int64_t sample_index, int64_t head,
-                    int64_t begin, int64_t end) {
-  using Sum = Accumulator<Element>;
-  const Problem<Rank>& problem = op.problem;
-  const Sample<Rank> sample(problem, sample_index);
-  const int64_t head_kv = head / problem.group();
-  const auto queries = op.q.head(sample_index, head);
-  const auto keys = op.k.head(sample_index, head_kv);
-  const auto values = op.v.head(sample_index, head_kv);
-  const Sum* table = table_of(op.bias, sample_index, head);
-  const auto outs = op.out.head(sample_index, head);
-  const auto lses = op.lse.head(sample_index, head);
-  const Sum scale = static_cast<Sum>(problem.scale);
-
-  auto q = row_buffer<Sum>(problem.dim);
-  auto out = row_buffer<Sum>(problem.value_dim);
-  auto weights = row_buffer<Sum>(problem.most_keys());
-  for (int64_t i = begin; i < end; ++i) {
-    const Neighborhood<Rank> neighborhood = sample.keys_of(i);
-    load_row(q.data(), queries.row(i), problem.dim);
-
-    int64_t n = 0;
-    Sum largest = kNothing<Sum>;
-    neighborhood.for_each_run([&](const Run<Rank>& run) {
-      for (int64_t m = 0; m < run.count; ++m, ++n) {
-        const Element* k = keys.row(run.token + m * run.token_step);
-        weights[n] = scale * dot(q.data(), k, problem.dim) + bias_of(table, run, m);
-        largest = weights[n] > largest ? weights[n] : largest;
-      }
-    });
-
-    const Sum shift = largest == kNothing<Sum> ? Sum{0} : largest;
-    Sum total = 0;
-    for (int64_t m = 0; m < n; ++m) {
-      weights[m] = std::exp(weights[m] - shift);
-      total += weights[m];
-    }
-    if (total == 0) {
-      fill_row(outs.row(i), narrow(Sum{0}, Element{}), problem.value_dim);
-      *lses.row(i) = kNothing<Sum>;
-      continue;
-    }
-
-    n = 0;
-    fill_row(out.data(), Sum{0}, problem.value_dim);
-    neighborhood.for_each_run([&](const Run<Rank>& run) {
-      for (int64_t m = 0; m < run.count; ++m, ++n) {
-        const Element* v = values.row(run.token + m * run.token_step);
-        add_scaled(out.data(), weights[n], v, problem.value_dim);
-      }
-    });
-    store_scaled(outs.row(i), 1 / total, out.data(), problem.value_dim);
-    *lses.row(i) = shift + std::log(total);
-  }
 }
 
 template <typename Element, int Rank>
@@ -163,108 +107,6 @@ void tangent_tokens(const TangentOperands<Element, Rank>& op, int64_t sample_ind
   }
 }
 
-// delta, dq and, given a bias, dbias.
-template <typename Element, int Rank>
-void backward_queries(const BackwardOperands<Element, Rank>& op, int64_t sample_index, int64_t head,
-                      int64_t begin, int64_t end) {
-  using Sum = Accumulator<Element>;
-  const Problem<Rank>& problem = op.problem;
-  const Sample<Rank> sample(problem, sample_index);
-  const int64_t head_kv = head / problem.group();
-  const auto queries = op.q.head(sample_index, head);
-  const auto keys = op.k.head(sample_index, head_kv);
-  const auto values = op.v.head(sample_index, head_kv);
-  const Sum* table = table_of(op.bias, sample_index, head);
-  const auto outs = op.out.head(sample_index, head);
-  const auto lses = op.lse.head(sample_index, head);
-  const auto out_cotangents = op.ct_out.head(sample_index, head);
-  const auto lse_cotangents = op.ct_lse.head(sample_index, head);
-  const auto query_gradients = op.dq.head(sample_index, head);
-  const auto deltas = op.delta.head(sample_index, head);
-  Sum* table_gradient = nullptr;
-  if (op.has_bias()) {
-    table_gradient = op.dbias.head(sample_index, head).data;
-    fill_row(table_gradient, Sum{0}, problem.biases());
-  }
-  const Sum scale = static_cast<Sum>(problem.scale);
-
-  auto q = row_buffer<Sum>(problem.dim);
-  auto dq = row_buffer<Sum>(problem.dim);
-  auto ct_out = row_buffer<Sum>(problem.value_dim);
-  for (int64_t i = begin; i < end; ++i) {
-    fill_row(dq.data(), Sum{0}, problem.dim);
-    Sum delta = 0;
-    const Neighborhood<Rank> neighborhood = sample.keys_of(i);
-    const Sum lse = *lses.row(i);
-    if (!neighborhood.empty() && lse != kNothing<Sum>) {
-      load_row(q.data(), queries.row(i), problem.dim);
-      load_row(ct_out.data(), out_cotangents.row(i), problem.value_dim);
-      delta = *lse_cotangents.row(i) - dot(ct_out.data(), outs.row(i), problem.value_dim);
-      neighborhood.for_each_run([&](const Run<Rank>& run) {
-        for (int64_t m = 0; m < run.count; ++m) {
-          const int64_t j = run.token + m * run.token_step;
-          const Sum s = scale * dot(q.data(), keys.row(j), problem.dim) + bias_of(table, run, m);
-          const Sum dp = dot(ct_out.data(), values.row(j), problem.value_dim);
-          const Sum ds = std::exp(s - lse) * (dp + delta);
-          add_scaled(dq.data(), ds, keys.row(j), problem.dim);
-          if (table_gradient != nullptr) table_gradient[run.bias + m * run.bias_step] += ds;
-        }
-      });
-    }
-    store_scaled(query_gradients.row(i), scale, dq.data(), problem.dim);
-    *deltas.row(i) = delta;
-  }
-}
-
-// dk and dv, of the keys of one key head. Reads delta.
-template <typename Element, int Rank>
-void backward_keys(const BackwardOperands<Element, Rank>& op, int64_t sample_index, int64_t head_kv,
-                   int64_t begin, int64_t end) {
-  using Sum = Accumulator<Element>;
-  const Problem<Rank>& problem = op.problem;
-  const Sample<Rank> sample(problem, sample_index);
-  const auto keys = op.k.head(sample_index, head_kv);
-  const auto values = op.v.head(sample_index, head_kv);
-  const auto key_gradients = op.dk.head(sample_index, head_kv);
-  const auto value_gradients = op.dv.head(sample_index, head_kv);
-  const Sum scale = static_cast<Sum>(problem.scale);
-
-  auto k = row_buffer<Sum>(problem.dim);
-  auto v = row_buffer<Sum>(problem.value_dim);
-  auto dk = row_buffer<Sum>(problem.dim);
-  auto dv = row_buffer<Sum>(problem.value_dim);
-  for (int64_t j = begin; j < end; ++j) {
-    fill_row(dk.data(), Sum{0}, problem.dim);
-    fill_row(dv.data(), Sum{0}, problem.value_dim);
-    const Neighborhood<Rank> neighborhood = sample.queries_of(j);
-    if (!neighborhood.empty()) {
-      load_row(k.data(), keys.row(j), problem.dim);
-      load_row(v.data(), values.row(j), problem.value_dim);
-    }
-    for (int64_t head = head_kv * problem.group(); head < (head_kv + 1) * problem.group(); ++head) {
-      const auto queries = op.q.head(sample_index, head);
-      const Sum* table = table_of(op.bias, sample_index, head);
-      const auto lses = op.lse.head(sample_index, head);
-      const auto out_cotangents = op.ct_out.head(sample_index, head);
-      const auto deltas = op.delta.head(sample_index, head);
-      neighborhood.for_each_run([&](const Run<Rank>& run) {
-        for (int64_t m = 0; m < run.count; ++m) {
-          const int64_t i = run.token + m * run.token_step;
-          const Sum lse = *lses.row(i);
-          if (lse == kNothing<Sum>) continue;
-          const Sum s = scale * dot(k.data(), queries.row(i), problem.dim) + bias_of(table, run, m);
-          const Sum p = std::exp(s - lse);
-          const Sum dp = dot(v.data(), out_cotangents.row(i), problem.value_dim);
-          add_scaled(dv.data(), p, out_cotangents.row(i), problem.value_dim);
-          add_scaled(dk.data(), p * (dp + *deltas.row(i)), queries.row(i), problem.dim);
-        }
-      });
-    }
-    store_scaled(key_gradients.row(j), scale, dk.data(), problem.dim);
-    store_scaled(value_gradients.row(j), Sum{1}, dv.data(), problem.value_dim);
-  }
-}
-
 // Useful operations of one query in one matrix product of each kind, q.k and p v.
 template <int Rank>
 double product_flops(const Problem<Rank>& problem) {
@@ -276,11 +118,7 @@ double product_flops(const Problem<Rank>& problem) {
 
 template <typename Element, int Rank>
 Job job(const ForwardOperands<Element, Rank>& op) {
-  const Problem<Rank>& p = op.problem;
-  return {over_tokens(p.samples, p.heads, p.queries(), fused::product_flops(p), false,
-                      [op](int64_t sample, int64_t head, int64_t begin, int64_t end) {
-                        fused::forward_tokens(op, sample, head, begin, end);
-                      })};
+  return job_on_target<ForwardArrays<Element>>(call_of(op));
 }
 
 template <typename Element, int Rank>
@@ -294,16 +132,7 @@ Job job(const TangentOperands<Element, Rank>& op) {
 
 template <typename Element, int Rank>
 Job job(const BackwardOperands<Element, Rank>& op) {
-  const Problem<Rank>& p = op.problem;
-  const double flops = fused::product_flops(p);
-  return {over_tokens(p.samples, p.heads, p.queries(), 1.5 * flops, op.has_bias(),
-                      [op](int64_t sample, int64_t head, int64_t begin, int64_t end) {
-                        fused::backward_queries(op, sample, head, begin, end);
-                      }),
-          over_tokens(p.samples, p.heads_kv, p.keys(), 2 * flops * static_cast<double>(p.group()),
-                      false, [op](int64_t sample, int64_t head, int64_t begin, int64_t end) {
-                        fused::backward_keys(op, sample, head, begin, end);
-                      })};
+  return job_on_target<BackwardArrays<Element>>(call_of(op));
 }
 
 }  // namespace jax_natten

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "cpu/registrations.h"
-#include "cuda/sm80/tiling.h"
+#include "cpu/tiling.h"
 #include "cuda/sm90/serve.h"
 #include "cuda/sm90/shape.h"
 
@@ -17,8 +17,6 @@ namespace nb = nanobind;
 
 namespace jax_natten {
 namespace {
-
-using sm80::kAxes, sm80::Side;
 
 // One entry for each axis.
 using Entries = std::vector<int64_t>;
@@ -35,7 +33,7 @@ Problem<kAxes> problem_of(const std::vector<AxisWindow>& window, const Entries& 
     problem.key_shape[a] = key_shape[a];
   }
   problem.samples = problem.heads = problem.heads_kv = 1;
-  return sm80::in_three_axes(problem);
+  return in_three_axes(problem);
 }
 
 Problem<kAxes> problem_from(const Entries& query_shape, const Entries& key_shape,
@@ -70,15 +68,15 @@ Problem<kAxes> problem_from(const Entries& query_shape, const Entries& key_shape
 nb::tuple tiling(const Entries& query_shape, const Entries& key_shape, const Entries& kernel_size,
                  const Entries& stride, const Entries& dilation, const std::vector<bool>& is_causal,
                  bool rows_are_keys, int tokens, int columns) {
-  if (!is_power_of_two(tokens) || tokens > 1 << sm80::kMostLogSize || !is_power_of_two(columns)) {
+  if (!is_power_of_two(tokens) || tokens > 1 << kMostLogSize || !is_power_of_two(columns)) {
     throw nb::value_error("need powers of two, and a tile of rows that is not too large");
   }
   const Problem<kAxes> problem =
       problem_from(query_shape, key_shape, kernel_size, stride, dilation, is_causal);
   const int rank = static_cast<int>(query_shape.size());
-  const sm80::Tiling tiling =
-      rows_are_keys ? sm80::choose_tiling<Side::kKeys>(problem, rank, tokens, columns)
-                    : sm80::choose_tiling<Side::kQueries>(problem, rank, tokens, columns);
+  const Tiling tiling = rows_are_keys
+                            ? choose_tiling<Side::kKeys>(problem, rank, tokens, columns)
+                            : choose_tiling<Side::kQueries>(problem, rank, tokens, columns);
   const auto axes = [](const int (&of)[kAxes]) { return nb::make_tuple(of[0], of[1], of[2]); };
   return nb::make_tuple(axes(tiling.log_size), axes(tiling.tiles), tiling.pairs);
 }
@@ -90,8 +88,8 @@ int64_t seen_together(int64_t query_size, int64_t key_size, int64_t kernel_size,
   const Problem<kAxes> problem =
       problem_from({query_size}, {key_size}, {kernel_size}, {stride}, {dilation}, {is_causal});
   constexpr int kLast = kAxes - 1;
-  return rows_are_keys ? sm80::seen_together<Side::kKeys>(problem, kLast, first, size)
-                       : sm80::seen_together<Side::kQueries>(problem, kLast, first, size);
+  return rows_are_keys ? seen_together<Side::kKeys>(problem, kLast, first, size)
+                       : seen_together<Side::kQueries>(problem, kLast, first, size);
 }
 
 // Whether the Hopper kernels serve a forward call of half types where there is a Hopper GPU. The
@@ -106,7 +104,7 @@ bool hopper_serves(const Entries& query_shape, const Entries& key_shape, const E
   problem.dim = dim;
   problem.value_dim = value_dim;
   problem.scale = scale;
-  return sm90::knows(problem, static_cast<int>(query_shape.size()), has_bias);
+  return sm90::can_serve(problem, static_cast<int>(query_shape.size()), has_bias);
 #else
   return false;
 #endif

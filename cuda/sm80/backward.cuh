@@ -31,7 +31,7 @@ cudaError_t run_operation(cudaStream_t stream, const BackwardArrays<Element>& ar
     if (copies == 0 || sizeof(Queries) > limit || sizeof(Keys) > limit) return kNotServed;
 
     cudaError_t error = with_tiling<Queries, LargeQueries, Side::kQueries, kMayBeLarge>(
-        problem, rank, [&](const Tiling& tiling, auto rows) {
+        problem, rank, kLargeTileGain<kDim>, [&](const Tiling& tiling, auto rows) {
           constexpr int kRows = decltype(rows)::value;
           return launch_tiles<Side::kQueries>(stream, backward_queries_kernel<Element, kDim, kRows>,
                                               sizeof(BackwardQueriesShared<Element, kDim, kRows>),
@@ -39,7 +39,7 @@ cudaError_t run_operation(cudaStream_t stream, const BackwardArrays<Element>& ar
         });
     if (error != cudaSuccess) return error;
     error = with_tiling<Keys, LargeKeys, Side::kKeys, kKeysMayBeLarge>(
-        problem, rank, [&](const Tiling& tiling, auto rows) {
+        problem, rank, kLargeTileGain<kDim>, [&](const Tiling& tiling, auto rows) {
           constexpr int kRows = decltype(rows)::value;
           return launch_tiles<Side::kKeys>(
               stream, backward_keys_kernel<Element, kDim, kRows, kOut>,

@@ -129,7 +129,7 @@ cudaError_t run_operation(cudaStream_t stream, const ForwardArrays<Element>& arr
     using Small = ForwardShared<Element, kDim, 64>;
     using Large = ForwardShared<Element, kDim, 128>;
     return with_tiling<Small, Large, Side::kQueries, kMayBeLarge>(
-        problem, rank, [&](const Tiling& tiling, auto rows) {
+        problem, rank, kLargeTileGain<kDim>, [&](const Tiling& tiling, auto rows) {
           constexpr int kRows = decltype(rows)::value;
           return launch_tiles<Side::kQueries>(stream, forward_kernel<Element, kDim, kRows>,
                                               sizeof(ForwardShared<Element, kDim, kRows>), arrays,

@@ -150,17 +150,18 @@ cudaError_t with_dim(int64_t longest, Run&& run) {
 }
 
 // By so much a tile of 128 rows is faster, for each pair that it visits, than one of 64: it reads
-// each column for twice as many.
-inline constexpr double kLargeTileGain = 1.25;
+// each column for twice as many. Where rows are short, that is not what the time goes to.
+template <int kDim>
+inline constexpr double kLargeTileGain = kDim <= 64 ? 1.08 : 1.28;
 
 // launch(tiling, Constant of its rows) with tiles of 64 rows, or of 128 where that may be and is
-// faster.
+// faster: by the gain for each pair.
 template <typename Small, typename Large, Side kRows, bool kMayBeLarge, typename Launch>
-cudaError_t with_tiling(const Problem<kAxes>& problem, int rank, Launch&& launch) {
+cudaError_t with_tiling(const Problem<kAxes>& problem, int rank, double gain, Launch&& launch) {
   const Tiling small = choose_tiling<kRows>(problem, rank, Small::kRows, Small::kColumns);
   if constexpr (kMayBeLarge) {
     const Tiling large = choose_tiling<kRows>(problem, rank, Large::kRows, Large::kColumns);
-    if (large.pairs < kLargeTileGain * small.pairs && sizeof(Large) <= shared_limit()) {
+    if (large.pairs < gain * small.pairs && sizeof(Large) <= shared_limit()) {
       return launch(large, Constant<Large::kRows>{});
     }
   }

@@ -6,9 +6,9 @@
 #include <climits>
 #include <cstdint>
 
+#include "cpu/tiling.h"
 #include "cuda/sm80/columns.cuh"
 #include "cuda/sm80/copy.cuh"
-#include "cuda/sm80/tiling.h"
 
 namespace jax_natten::sm80 {
 
@@ -60,9 +60,26 @@ enum class Family { kFused, kUnfused };
 
 inline constexpr int kSlots = 3;  // planned tiles of columns
 
+// A row's place on one axis.
+struct alignas(16) Step {
+  int32_t index;      // in the array, or kNoRow
+  int32_t reference;  // of its share of an entry, see Family
+  Span span;          // of columns that it sees
+};
+
+// What the steps of an axis have in common.
+struct AxisPlan {
+  Span box;        // the least begin and the largest end of what they see
+  Span inner;      // what all see
+  int64_t origin;  // of the columns: array index = position * dilation + origin
+  int64_t length;  // of the dilation group
+};
+
 // The plan, in shared memory.
 template <int kRows, int kColumns>
 struct Plan {
+  Step step[kRows + kAxes - 1];  // those of all axes in turn; a row has one of each
+  AxisPlan axis[kAxes];
   alignas(16) int32_t row[kRows];     // number of its row in the arrays, or kNoRow
   alignas(16) int32_t source[kRows];  // the same, and kNoRow where nothing is to be read
   RowSpan span[kRows];
@@ -73,10 +90,7 @@ struct Plan {
   // Of the columns of several tiles in turn.
   alignas(16) int32_t column[kSlots][kColumns];
   alignas(16) uint32_t place[kSlots][kColumns];
-  int32_t column_entry[kSlots][kColumns];
-  // Over the rows, on each axis: the least begin, the largest end, and what all rows see.
-  Span box[kAxes];
-  Span inner[kAxes];
+  alignas(16) int32_t column_entry[kSlots][kColumns];
   // Where columns are not evenly spaced in their entries: the shares of an axis' positions.
   const int* starts;
 
@@ -122,68 +136,64 @@ __device__ int64_t reference_of(const AxisWindow& window, const geometry::Locati
   }
 }
 
+// Plans an axis and its steps, `size` of them. All lanes of a warp.
+template <Family kFamily, Side kSide>
+__device__ void plan_axis(AxisPlan& plan, Step* steps, int size, const Problem<kAxes>& problem,
+                          int rank, const TileIndex& tile, int axis) {
+  constexpr bool kRowsAreKeys = kSide == Side::kKeys;
+  const AxisWindow& window = problem.window[axis];
+  const AxisFrame frame = frame_of(problem, rank, tile.sample, axis);
+  const int64_t row_origin = kRowsAreKeys ? frame.key_origin : frame.query_origin;
+  const int64_t row_count = kRowsAreKeys ? frame.key_count : frame.query_count;
+  const int64_t rows = rows_along<kSide>(problem, axis);
+  int first = tile.first[0];
+#pragma unroll
+  for (int a = 1; a < kAxes; ++a) first = a == axis ? tile.first[a] : first;
+
+  Span box = {INT_MAX, INT_MIN}, inner = {INT_MIN, INT_MAX};
+  geometry::Location location{};
+  for (int i = lane(); i < size; i += kWarp) {
+    const int64_t index = first + i * window.dilation;
+    location = geometry::locate(window, frame.extent, row_origin + index);
+    Span span = {0, 0};
+    if (geometry::exists(frame.extent, row_origin, row_count, index)) {
+      const auto [begin, end] = kRowsAreKeys ? geometry::queries_that_see(window, frame, location)
+                                             : geometry::keys_seen(window, frame, location);
+      span = {static_cast<int>(begin), static_cast<int>(end)};
+    }
+    const bool exists = index < rows, sees_any = span.begin < span.end;
+    steps[i] = {exists ? static_cast<int32_t>(index) : kNoRow,
+                static_cast<int32_t>(reference_of<kFamily, kSide>(window, location)), span};
+    if (exists && sees_any) box = {min(box.begin, span.begin), max(box.end, span.end)};
+    // A row that sees nothing has nothing in common with the others.
+    if (exists)
+      inner = {max(inner.begin, sees_any ? span.begin : INT_MAX), min(inner.end, span.end)};
+  }
+  box = {__reduce_min_sync(kAllLanes, box.begin), __reduce_max_sync(kAllLanes, box.end)};
+  inner = {__reduce_max_sync(kAllLanes, inner.begin), __reduce_min_sync(kAllLanes, inner.end)};
+  const int64_t column_origin = kRowsAreKeys ? frame.query_origin : frame.key_origin;
+  if (lane() == 0) plan = {box, inner, location.group - column_origin, location.length};
+}
+
 // Makes the plan. All threads of the block; ends with a barrier. `starts` is memory for the shares
 // of columns whose slots are not evenly spaced, those of queries.
+//
+// What an axis has is found once, by a warp, and the axes are put together for each row and column.
+// Sums are taken modulo 2^32, in which their results fit.
 template <Family kFamily, Side kSide, int kRows, int kColumns>
 __device__ void make_plan(Plan<kRows, kColumns>& plan, const Problem<kAxes>& problem,
                           const Tiling& tiling, const TileIndex& tile, int* starts = nullptr) {
-  static_assert(kRows <= kThreads && kColumns <= kThreads);
+  static_assert(kRows <= kThreads && kColumns <= kThreads && kAxes * kWarp <= kThreads);
   constexpr bool kIsFused = kFamily == Family::kFused, kRowsAreKeys = kSide == Side::kKeys;
   constexpr bool kHasStarts = !kIsFused && kRowsAreKeys;
   const int thread = static_cast<int>(threadIdx.x);
-  if (thread < kAxes) {
-    plan.box[thread] = {INT_MAX, INT_MIN};
-    plan.inner[thread] = {INT_MIN, INT_MAX};
-  }
-  __syncthreads();
-
-  Span span[kAxes];
-  int reference[kAxes];
-  geometry::Location location[kAxes];
-  int64_t origin[kAxes];
-  bool exists = thread < kRows;
-  int64_t token = 0;
+  int steps = 0;
   for (int a = 0; a < kAxes; ++a) {
-    const AxisWindow& window = problem.window[a];
-    const AxisFrame frame = frame_of(problem, tiling.rank, tile.sample, a);
-    const int64_t row_origin = kRowsAreKeys ? frame.key_origin : frame.query_origin;
-    const int64_t row_count = kRowsAreKeys ? frame.key_count : frame.query_count;
-    const int64_t rows = rows_along<kSide>(problem, a);
-    int shift = 0;
-    for (int b = a + 1; b < kAxes; ++b) shift += tiling.log_size[b];
-    const int step = thread >> shift & (tiling.size(a) - 1);
-    const int64_t index = tile.first[a] + step * window.dilation;
-    exists = exists && index < rows;
-    token = token * rows + index;
-    span[a] = {0, 0};
-    location[a] = geometry::locate(window, frame.extent, row_origin + index);
-    if (geometry::exists(frame.extent, row_origin, row_count, index)) {
-      const auto [begin, end] = kRowsAreKeys
-                                    ? geometry::queries_that_see(window, frame, location[a])
-                                    : geometry::keys_seen(window, frame, location[a]);
-      span[a] = {static_cast<int>(begin), static_cast<int>(end)};
+    if (thread / kWarp == a) {
+      plan_axis<kFamily, kSide>(plan.axis[a], plan.step + steps, tiling.size(a), problem,
+                                tiling.rank, tile, a);
     }
-    reference[a] = static_cast<int>(reference_of<kFamily, kSide>(window, location[a]));
-    // Of the columns: array index = position * dilation + origin.
-    origin[a] = location[a].group - (kRowsAreKeys ? frame.query_origin : frame.key_origin);
-  }
-  int seen = exists ? 1 : 0;
-  for (const Span& axis : span) seen *= axis.count();
-  for (int a = 0; a < kAxes; ++a) {
-    const Span least = {seen == 0 ? INT_MAX : span[a].begin, seen == 0 ? INT_MAX : span[a].end};
-    const Span most = {seen == 0 ? INT_MIN : span[a].begin, seen == 0 ? INT_MIN : span[a].end};
-    // A row that sees nothing has nothing in common with the others.
-    const int last_begin = exists && seen == 0 ? INT_MAX : most.begin;
-    const int box_begin = __reduce_min_sync(kAllLanes, least.begin);
-    const int box_end = __reduce_max_sync(kAllLanes, most.end);
-    const int inner_begin = __reduce_max_sync(kAllLanes, last_begin);
-    const int inner_end = __reduce_min_sync(kAllLanes, least.end);
-    if (lane() == 0) {
-      atomicMin(&plan.box[a].begin, box_begin);
-      atomicMax(&plan.box[a].end, box_end);
-      atomicMax(&plan.inner[a].begin, inner_begin);
-      atomicMin(&plan.inner[a].end, inner_end);
-    }
+    steps += tiling.size(a);
   }
   __syncthreads();
 
@@ -191,79 +201,92 @@ __device__ void make_plan(Plan<kRows, kColumns>& plan, const Problem<kAxes>& pro
   list.size = 1;
   list.guard = 0;
   list.inner = {0, 0};
-  int64_t tokens = 1, entry = 1;
-  int64_t first = 0, row_entry = 0;
-  uint32_t fields = 0;
   RowSpan row_span = {0, 0};
+  bool exists = thread < kRows;
+  int seen = 1, bits = 0, fields = 0;
+  uint32_t token = 0, row_tokens = 1, row_entry = 0;
+  uint32_t first = 0, tokens = 1, entry = 1;
+#pragma unroll
   for (int a = kAxes - 1; a >= 0; --a) {
     const AxisWindow& window = problem.window[a];
-    const Span box = plan.box[a], inner = plan.inner[a];
+    const AxisPlan& axis = plan.axis[a];
+    const Span box = axis.box;
+    steps -= tiling.size(a);
+    const Step step = plan.step[steps + (thread >> bits & (tiling.size(a) - 1))];
+    bits += tiling.log_size[a];
+    exists = exists && step.index != kNoRow;
+    token += row_tokens * step.index;
+    row_tokens *= static_cast<uint32_t>(rows_along<kSide>(problem, a));
+    seen *= step.span.count();
+
     const int count = box.begin == INT_MAX ? 0 : box.count();
+    const auto dilation = static_cast<uint32_t>(window.dilation);
     list.count[a] = count;
     list.size *= count;
-    list.one[a].row = static_cast<int>(tokens * window.dilation);
-    first += tokens * (box.begin * window.dilation + origin[a]);
-    tokens *= columns_along<kSide>(problem, a);
+    list.one[a].row = static_cast<int>(tokens * dilation);
+    first += tokens * (box.begin * dilation + static_cast<uint32_t>(axis.origin));
+    tokens *= static_cast<uint32_t>(columns_along<kSide>(problem, a));
 
-    list.one[a].entry = static_cast<int>(kRowsAreKeys ? -entry : entry);
-    const int64_t steps = int64_t{box.begin} - reference[a];
-    row_entry += (kRowsAreKeys ? -steps : steps) * entry;
-    entry *= kIsFused ? 2 * window.kernel_size - 1 : window.kernel_size;
+    const uint32_t column_entry = kRowsAreKeys ? -entry : entry;
+    list.one[a].entry = static_cast<int>(column_entry);
+    row_entry += column_entry * (box.begin - step.reference);
+    entry *= static_cast<uint32_t>(kIsFused ? 2 * window.kernel_size - 1 : window.kernel_size);
 
-    const auto shift = fields;
+    const int shift = fields;
     list.one[a].place = 1u << shift;
     fields += 33 - __clz(count + 1);
     list.guard |= 1u << (fields - 1);
     // An interval that nothing is in: from count + 1 to 0.
-    const auto add = [&](RowSpan& span, bool any, int begin, int end) {
-      span.low |= static_cast<uint32_t>(any ? begin - box.begin + 1 : count + 1) << shift;
-      span.high |= static_cast<uint32_t>(any ? end - box.begin : 0) << shift;
+    const auto add = [&](RowSpan& to, const Span& span) {
+      const bool any = span.begin < span.end;
+      to.low |= static_cast<uint32_t>(any ? span.begin - box.begin + 1 : count + 1) << shift;
+      to.high |= static_cast<uint32_t>(any ? span.end - box.begin : 0) << shift;
     };
-    add(row_span, seen > 0, span[a].begin, span[a].end);
-    add(list.inner, inner.begin < inner.end, inner.begin, inner.end);
+    add(row_span, step.span);
+    add(list.inner, axis.inner);
   }
   row_span.high += 2 * list.guard;
   list.inner.high += 2 * list.guard;
 
   if (thread < kRows) {
-    const int64_t row_tokens = kRowsAreKeys ? problem.keys() : problem.queries();
-    const int64_t row =
-        kIsFused ? token * row_heads<kSide>(problem) + tile.head : tile.head * row_tokens + token;
+    const auto head = static_cast<uint32_t>(tile.head);
+    const uint32_t row = kIsFused ? token * static_cast<uint32_t>(row_heads<kSide>(problem)) + head
+                                  : head * row_tokens + token;
     plan.row[thread] = exists ? static_cast<int32_t>(row) : kNoRow;
-    plan.source[thread] = seen > 0 ? static_cast<int32_t>(row) : kNoRow;
+    plan.source[thread] = exists && seen > 0 ? static_cast<int32_t>(row) : kNoRow;
     plan.span[thread] = row_span;
     plan.row_entry[thread] = static_cast<int32_t>(row_entry);
-    plan.seen[thread] = seen;
+    plan.seen[thread] = exists ? seen : 0;
   }
 
   // The columns of a key's gradients go through the heads that share it.
-  const int64_t group = problem.group();
-  const int64_t first_head = kRowsAreKeys ? tile.head * group : tile.head / group;
-  if constexpr (kRowsAreKeys) list.size *= static_cast<int>(group);
-  const int64_t heads = kRowsAreKeys ? problem.heads : problem.heads_kv;
-  const auto token_rows = static_cast<int>(kIsFused ? heads : 1);
-  const auto head_rows = static_cast<int>(kIsFused ? 1 : tokens);
+  const auto group = static_cast<int>(problem.group());
+  const int first_head =
+      static_cast<int>(tile.head) * (kRowsAreKeys ? group : 1) / (kRowsAreKeys ? 1 : group);
+  if constexpr (kRowsAreKeys) list.size *= group;
+  const auto heads = static_cast<int>(kRowsAreKeys ? problem.heads : problem.heads_kv);
+  const int token_rows = kIsFused ? heads : 1;
+  const int head_rows = kIsFused ? 1 : static_cast<int>(tokens);
   uint32_t first_place = list.guard;
   for (Column& one : list.one) {
     one.row *= token_rows;
     first_place += one.place;
   }
-  list.head = {head_rows, 0, static_cast<int>(kIsFused ? entry : 0)};
-  list.first = {static_cast<int>(first) * token_rows + static_cast<int>(first_head) * head_rows,
-                first_place, 0};
-  list.set_step(kColumns);
+  list.head = {head_rows, 0, kIsFused ? static_cast<int>(entry) : 0};
+  list.first = {static_cast<int>(first) * token_rows + first_head * head_rows, first_place, 0};
   if constexpr (kHasStarts) {
     for (int a = 0, begin = 0; a < kAxes; begin += list.count[a++]) {
       for (int i = thread; i < list.count[a]; i += kThreads) {
-        const int position = plan.box[a].begin;
+        const int position = plan.axis[a].box.begin;
         const int64_t start =
-            geometry::window_of(problem.window[a], location[a].length, position + i).begin;
+            geometry::window_of(problem.window[a], plan.axis[a].length, position + i).begin;
         starts[begin + i] = static_cast<int>(start - position) * list.one[a].entry;
       }
     }
   }
   if (thread < kColumns) plan.next[thread] = list.at(thread);
-  if (thread == 0) {
+  if (thread == kThreads - 1) {
+    list.set_step(kColumns);
     plan.list = list;
     plan.starts = starts;
   }

@@ -22,17 +22,56 @@ size_t bytes_of_weights(const Problem<kAxes>& problem) {
   return kUnfusedRows * slots * sizeof(Element);
 }
 
-// Calls visit(place in shared memory, place in the array) for all weights of the warp's rows.
-template <typename Visit>
-__device__ void for_each_weight(const int32_t (&rows)[kUnfusedRows], int slots, Visit&& visit) {
-  const int first = first_row<1>();
-  for (int i = first; i < first + 16; ++i) {
-    if (rows[i] == kNoRow) continue;
-    for (int slot = lane(); slot < slots; slot += kWarp) {
-      visit(i * slots + slot, static_cast<int64_t>(rows[i]) * slots + slot);
+// The weights of a warp's rows, in shared memory one row after the other; a lane has every
+// kWarp-th slot of each.
+template <typename Element>
+class WarpWeights {
+ public:
+  // `shared` has the weights of all rows of the block, whose numbers are `rows`.
+  __device__ WarpWeights(Element* shared, const int32_t (&rows)[kUnfusedRows], int slots)
+      : shared_(shared + first_row<1>() * slots), slots_(slots) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) rows_[i] = rows[first_row<1>() + i];
+  }
+
+  __device__ void clear() {
+    for (int i = lane(); i < kRows * slots_; i += kWarp) shared_[i] = {};
+    __syncwarp();
+  }
+
+  // From the array to shared memory; what has no row becomes 0.
+  __device__ void load(const Element* array) {
+    for (int slot = lane(); slot < slots_; slot += kWarp) {
+      Element weights[kRows];  // all on their way at once
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        weights[i] = rows_[i] == kNoRow ? Element{} : array[in_array(i, slot)];
+      }
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) shared_[i * slots_ + slot] = weights[i];
+    }
+    __syncwarp();
+  }
+
+  __device__ void store(Element* array) const {
+    __syncwarp();
+    for (int slot = lane(); slot < slots_; slot += kWarp) {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        if (rows_[i] != kNoRow) array[in_array(i, slot)] = shared_[i * slots_ + slot];
+      }
     }
   }
-}
+
+ private:
+  static constexpr int kRows = 16;
+
+  __device__ int64_t in_array(int i, int slot) const { return int64_t{rows_[i]} * slots_ + slot; }
+
+  Element* shared_;
+  int slots_;
+  int32_t rows_[kRows];
+};
 
 // Calls visit(result, where the pair's weight is) for the pairs of a tile that see each other.
 // Queries are rows of weights: those of the tile, or the columns' in the array.
@@ -40,23 +79,30 @@ template <Side kSide, int kTiles, int kColumns, typename Visit>
 __device__ void for_each_pair(Results<1, kTiles>& results, const Plan<kUnfusedRows, kColumns>& plan,
                               int slot, int slots, Visit&& visit) {
   const uint32_t guard = plan.list.guard;
+  // All are read before a visit may write, which to the compiler could be to them.
+  uint2 place[kTiles];
+  int2 entry[kTiles];
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    place[n] = *reinterpret_cast<const uint2*>(&plan.place[slot][column_of(n)]);
+    entry[n] = *reinterpret_cast<const int2*>(&plan.column_entry[slot][column_of(n)]);
+  }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = row_of(first_row<1>(), 0, r);
     const RowSpan span = plan.span[row];
-    const int row_entry = plan.row_entry[row];
+    const int row_entry = plan.row_entry[row] + (kSide == Side::kQueries ? row * slots : 0);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int column = column_of(n) + e;
-        if (!sees(span, plan.place[slot][column], guard)) continue;
-        const int entry = row_entry + plan.column_entry[slot][column];
+        if (!sees(span, e == 0 ? place[n].x : place[n].y, guard)) continue;
+        const int at = row_entry + (e == 0 ? entry[n].x : entry[n].y);
         if constexpr (kSide == Side::kQueries) {
-          visit(results.x[0][n][2 * r + e], row * slots + entry);
+          visit(results.x[0][n][2 * r + e], at);
         } else {
-          const int64_t query = plan.column[slot][column];
-          visit(results.x[0][n][2 * r + e], query * slots + entry);
+          const int64_t query = plan.column[slot][column_of(n) + e];
+          visit(results.x[0][n][2 * r + e], query * slots + at);
         }
       }
     }
@@ -92,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   load_rows<kDim, kUnfusedRows>(shared.query.x, rows_of(arrays.query, tile.sample),
                                 shared.plan.source, dim);
   // Slots that stay without a key are 0.
-  for_each_weight(shared.plan.row, slots, [&](int at, int64_t) { shared.weights[at] = {}; });
+  WarpWeights<Element>(shared.weights, shared.plan.row, slots).clear();
   for_each_tile(
       shared.plan,
       [&](int buffer, int slot) {
@@ -106,9 +152,7 @@ __global__ void __launch_bounds__(kThreads, 4)
           shared.weights[at] = device::narrow(product, Element{});
         });
       });
-  __syncwarp();
-  for_each_weight(shared.plan.row, slots,
-                  [&](int at, int64_t in_array) { attn[in_array] = shared.weights[at]; });
+  WarpWeights<Element>(shared.weights, shared.plan.row, slots).store(attn);
 }
 
 // ---- av and inverse
@@ -167,10 +211,8 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 4 : 2)
   auto& shared = shared_memory<AvShared<Element, kDim>>();
   const TileIndex tile = tile_index<Side::kQueries>(p, tiling, blockIdx.x);
   make_plan<Family::kUnfused, Side::kQueries>(shared.plan, p, tiling, tile);
-  const Element* attn = rows_of(arrays.attn, tile.sample);
-  for_each_weight(shared.plan.row, static_cast<int>(p.slots()),
-                  [&](int at, int64_t in_array) { shared.weights[at] = attn[in_array]; });
-  __syncwarp();
+  WarpWeights<Element>(shared.weights, shared.plan.row, static_cast<int>(p.slots()))
+      .load(rows_of(arrays.attn, tile.sample));
   sum_weighted<Side::kQueries, Element, kDim>(shared, arrays.out, arrays.value, shared.weights, p,
                                               tile.sample);
 }

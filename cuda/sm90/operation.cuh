@@ -8,6 +8,18 @@
 
 namespace jax_natten::sm90 {
 
+inline int attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  return cudaDeviceGetAttribute(&value, which, device) == cudaSuccess ? value : 0;
+}
+
+// Code for sm_90a runs on compute capability 9.0 alone.
+inline bool is_hopper() {
+  return attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
+         attribute(cudaDevAttrComputeCapabilityMinor) == 0;
+}
+
 template <typename Config>
 cudaError_t launch(cudaStream_t stream, const ForwardArrays<typename Config::Element>& arrays,
                    const Problem<kAxes>& problem, const Shape& shape) {
@@ -84,7 +96,7 @@ cudaError_t run_best(cudaStream_t stream, const ForwardArrays<Element>& arrays,
 template <typename Element>
 cudaError_t run_of_rank(cudaStream_t stream, const ForwardArrays<Element>& arrays,
                         const Problem<kAxes>& problem, int rank) {
-  if (!can_serve(problem, rank, arrays.has_bias())) return kNotServed;
+  if (!can_serve(problem, rank, arrays.has_bias()) || !is_hopper()) return kNotServed;
   const auto run = [&](auto dim) {
     return run_best(stream, arrays, problem, rank, KernelsOf<Element, decltype(dim)::value>{});
   };

@@ -51,7 +51,7 @@ struct Plan {
 inline int64_t count_query_tiles(const Problem<kAxes>& problem, const Shape& shape) {
   int64_t result = problem.samples * problem.heads;
   for (int a = 0; a < kAxes; ++a) {
-    result *= shape.query_tiles[a] * sm80::row_groups<Side::kQueries>(problem, a);
+    result *= shape.query_tiles[a] * row_groups<Side::kQueries>(problem, a);
   }
   return result;
 }
@@ -97,7 +97,7 @@ __device__ void plan_tiles(Plan<kQueries>& plan, const Problem<kAxes>& problem, 
   }
   index *= static_cast<int>(problem.window[axis].dilation);
   for (int a = kAxes - 1; a >= 0; --a) {
-    const auto groups = static_cast<unsigned>(sm80::row_groups<Side::kQueries>(problem, a));
+    const auto groups = static_cast<unsigned>(row_groups<Side::kQueries>(problem, a));
     if (a == axis) index += static_cast<int>(rest % groups);
     rest /= groups;
   }

@@ -1,23 +1,11 @@
-// Which calls these kernels serve, on the host: where the dispatcher would take them.
+// Which calls these kernels serve, on a GPU that runs them.
 #pragma once
 
-#include <cuda_runtime.h>
+#include <cstdint>
 
 #include "cuda/sm90/shape.h"
 
 namespace jax_natten::sm90 {
-
-inline int attribute(cudaDeviceAttr which) {
-  int device = 0, value = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  return cudaDeviceGetAttribute(&value, which, device) == cudaSuccess ? value : 0;
-}
-
-// Code for sm_90a runs on compute capability 9.0 alone.
-inline bool is_hopper() {
-  return attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
-         attribute(cudaDevAttrComputeCapabilityMinor) == 0;
-}
 
 // The copy engine loads tiles of as few keys as an axis' dilation leaves room for; where that leaves
 // no tile that lies in the window's axes, keys would be loaded in vain.
@@ -27,8 +15,8 @@ inline bool has_room(const Problem<kAxes>& problem, int rank) {
   return rank > 1 || fits_box(kLeastTile, last.dilation);
 }
 
-// Whether the kernels know everything that a problem asks for, on whatever device.
-inline bool knows(const Problem<kAxes>& problem, int rank, bool has_bias) {
+// Whether the kernels know everything that a forward call asks for.
+inline bool can_serve(const Problem<kAxes>& problem, int rank, bool has_bias) {
   constexpr int64_t kEnd = int64_t{1} << 26;  // of an axis, so that bits of masks never overflow
   bool is_dim = false;
   for (const int64_t dim : {32, 64, 96, 128, 192, 256}) is_dim = is_dim || problem.dim == dim;
@@ -39,10 +27,6 @@ inline bool knows(const Problem<kAxes>& problem, int rank, bool has_bias) {
   }
   return is_dim && problem.dim == problem.value_dim && problem.scale > 0 && !has_bias &&
          problem.samples * problem.heads > 0 && has_room(problem, rank);
-}
-
-inline bool can_serve(const Problem<kAxes>& problem, int rank, bool has_bias) {
-  return knows(problem, rank, has_bias) && is_hopper();
 }
 
 }  // namespace jax_natten::sm90

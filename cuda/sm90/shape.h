@@ -8,14 +8,9 @@
 
 #include <cstdint>
 
-#include "cuda/sm80/tiling.h"
+#include "cpu/tiling.h"
 
 namespace jax_natten::sm90 {
-
-using sm80::frame_of;
-using sm80::in_three_axes;
-using sm80::kAxes;
-using sm80::Side;
 
 inline constexpr int kLogRows = 6;  // a consumer has 64 queries
 inline constexpr int kRun = 8;      // keys of a tile come in runs of 8 along the last axis
@@ -65,9 +60,9 @@ struct AxisBlocks {
   AxisBlocks(const Problem<kAxes>& problem, int axis, int queries) {
     const AxisWindow& window = problem.window[axis];
     const int64_t size = problem.query_shape[axis], keys = problem.key_shape[axis];
-    const int64_t groups = sm80::row_groups<Side::kQueries>(problem, axis);
+    const int64_t groups = row_groups<Side::kQueries>(problem, axis);
     const int64_t blocks =
-        geometry::ceil_div(sm80::row_positions<Side::kQueries>(problem, axis), queries);
+        geometry::ceil_div(row_positions<Side::kQueries>(problem, axis), queries);
     // Where one array is longer than the other, by its halo, the other lies in its middle.
     const int64_t extent = geometry::max(size, keys);
     const AxisFrame frame{extent, (extent - size) / 2, size, (extent - keys) / 2, keys};
@@ -156,7 +151,7 @@ inline Shape choose_shape(const Problem<kAxes>& problem, int rank, int consumers
   const auto is_useful = [&](int axis, int log_rows) {
     return fits(axis, 1 << log_rows) &&
            (log_rows == 0 ||
-            1 << log_rows < 2 * sm80::row_positions<Side::kQueries>(problem, axis));
+            1 << log_rows < 2 * row_positions<Side::kQueries>(problem, axis));
   };
   Shape best{};
   best.cost = -1;
@@ -173,7 +168,7 @@ inline Shape choose_shape(const Problem<kAxes>& problem, int rank, int consumers
       shape.log_rows[a] = log_rows[a];
       shape.queries[a] = (all ? consumers : 1) << log_rows[a];
       shape.query_tiles[a] = static_cast<int>(geometry::ceil_div(
-          sm80::row_positions<Side::kQueries>(problem, a), shape.queries[a]));
+          row_positions<Side::kQueries>(problem, a), shape.queries[a]));
       blocks *= axes[a]->all * axes[a]->count;
     }
     const int runs = keys / kRun;

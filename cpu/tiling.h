@@ -9,7 +9,7 @@
 
 #include "cpu/problem.h"
 
-namespace jax_natten::sm80 {
+namespace jax_natten {
 
 // What the rows of a tile of logits are; the columns are the other.
 enum class Side { kQueries, kKeys };
@@ -195,4 +195,4 @@ int64_t tile_count(const Problem<kAxes>& problem, const Tiling& tiling) {
   return problem.samples * row_heads<kRows>(problem) * tiles_of_head<kRows>(problem, tiling);
 }
 
-}  // namespace jax_natten::sm80
+}  // namespace jax_natten
