@@ -11,11 +11,10 @@ import jax
 import numpy as np
 import pytest
 from problems import Problem, check_fused, fused, precise
-from reference import axis_keys
+from reference import axis_keys, make_window
 from tolerances import assert_close
 
 import jax_natten as jn
-from jax_natten._window import make_window
 
 _cuda = pytest.importorskip("jax_natten._cuda", reason="the CUDA kernels are not built")
 
