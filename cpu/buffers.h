@@ -56,7 +56,7 @@ struct InverseBuffers {
   using Operands = InverseOperands<Element, Rank>;
 
   ffi::AnyBuffer attn, x, frame;
-  ffi::AnyBuffer out;
+  ffi::AnyBuffer out, sums;
 };
 
 struct SpreadBuffers {
@@ -228,11 +228,14 @@ void read(Decoder& decoder, const InverseBuffers& b, InverseOperands<Element, Ra
   decoder.expect("attn", b.attn, kType, {Axis::kBatch, Axis::kHeads, Axis::kQueries, Axis::kSlots});
   decoder.expect("x", b.x, kType, {Axis::kBatch, Axis::kHeads, Axis::kQueries, Axis::kValueDim});
   decoder.expect("out", b.out, kType, {Axis::kBatch, Axis::kHeadsKv, Axis::kKeys, Axis::kValueDim});
+  decoder.expect("sums", b.sums, kDataType<Accumulator<Element>>,
+                 {Axis::kBatch, Axis::kSums, Axis::kHeadsKv, Axis::kKeys, Axis::kValueDim});
   op.problem = decoder.problem<Rank>(b.frame);
   const Problem<Rank>& p = op.problem;
   op.attn = tensor<const Element>(b.attn, heads_first(p.heads, p.queries(), p.slots()));
   op.x = tensor<const Element>(b.x, heads_first(p.heads, p.queries(), p.value_dim));
   op.out = tensor<Element>(b.out, heads_first(p.heads_kv, p.keys(), p.value_dim));
+  op.sums = tensor<Accumulator<Element>>(b.sums, op.out.layout);
 }
 
 template <typename Element, int Rank>

@@ -76,6 +76,7 @@ struct InverseArrays {
   Tensor<const Element> attn;
   Tensor<const Element> x;
   Tensor<Element> out;
+  Tensor<Accumulator<Element>> sums;  // of out, where a kernel keeps some that Element cannot hold
 };
 
 // A head of the table is one head's.

@@ -82,9 +82,9 @@ nb::tuple tiling(const Entries& query_shape, const Entries& key_shape, const Ent
 }
 
 // How many columns a tile of rows sees together along an axis.
-int64_t seen_together(int64_t query_size, int64_t key_size, int64_t kernel_size, int64_t stride,
-                      int64_t dilation, bool is_causal, bool rows_are_keys, int64_t first,
-                      int64_t size) {
+int64_t columns_seen(int64_t query_size, int64_t key_size, int64_t kernel_size, int64_t stride,
+                     int64_t dilation, bool is_causal, bool rows_are_keys, int64_t first,
+                     int64_t size) {
   const Problem<kAxes> problem =
       problem_from({query_size}, {key_size}, {kernel_size}, {stride}, {dilation}, {is_causal});
   constexpr int kLast = kAxes - 1;
@@ -145,7 +145,7 @@ NB_MODULE(_cuda, m) {
   jax_natten::define_registrations(m);
   m.def("tiling", &jax_natten::tiling, "query_shape"_a, "key_shape"_a, "kernel_size"_a, "stride"_a,
         "dilation"_a, "is_causal"_a, "rows_are_keys"_a, "tokens"_a, "columns"_a);
-  m.def("seen_together", &jax_natten::seen_together, "query_size"_a, "key_size"_a, "kernel_size"_a,
+  m.def("seen_together", &jax_natten::columns_seen, "query_size"_a, "key_size"_a, "kernel_size"_a,
         "stride"_a, "dilation"_a, "is_causal"_a, "rows_are_keys"_a, "first"_a, "size"_a);
   m.def("hopper_serves", &jax_natten::hopper_serves, "query_shape"_a, "key_shape"_a,
         "kernel_size"_a, "stride"_a, "dilation"_a, "is_causal"_a, "dim"_a, "value_dim"_a, "scale"_a,

@@ -63,7 +63,7 @@ def _backward_avals(query, key, value, bias, frame, out, lse, *bars, config):
     return [same(query), same(key), same(value), same(bias)]
 
 
-def _backward_workspace(query, key, value, bias, frame, out, lse, *bars, platform):
+def _backward_workspace(results, query, key, value, bias, frame, out, lse, *bars, platform):
     """What kernels keep of their own.
 
     On GPUs lse_bar - out_bar . out of every query, and the parts in which they sum bias_bar. On CPUs the sums of
@@ -71,10 +71,10 @@ def _backward_workspace(query, key, value, bias, frame, out, lse, *bars, platfor
     """
     rank = frame.shape[-1]
     batch, leading, offsets = frame.shape[:-2], bias.shape[: bias.ndim - rank], bias.shape[bias.ndim - rank :]
-    on_gpu = platform == "cuda"
+    on_gpu, (_, key_bar, value_bar, _) = platform == "cuda", results
     # Rounded up: at least 1, of a symbolic batch too.
     parts = -(-TABLE_SUMS // max(math.prod(leading), 1)) if on_gpu else 0
-    sums = 0 if on_gpu or key.dtype == bias.dtype else 1
+    sums = 0 if on_gpu or key_bar.dtype == bias.dtype else 1
 
     def keep(count, like):
         return jax.ShapeDtypeStruct((*batch, count, *like.shape[len(batch) :]), bias.dtype)
@@ -82,8 +82,8 @@ def _backward_workspace(query, key, value, bias, frame, out, lse, *bars, platfor
     return (
         keep(int(on_gpu), lse),
         jax.ShapeDtypeStruct((*leading, parts, *offsets), bias.dtype),
-        keep(sums, key),
-        keep(sums, value),
+        keep(sums, key_bar),
+        keep(sums, value_bar),
     )
 
 

@@ -8,10 +8,10 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <type_traits>
 
 #include "cpu/kernels/bias.h"
 #include "cpu/kernels/block.h"
+#include "cpu/kernels/key_sums.h"
 #include "cpu/kernels/logits.h"
 #include "cpu/kernels/products.h"
 #include "cpu/kernels/rows.h"
@@ -29,19 +29,6 @@ void add_dot(Sum* lanes, const Sum* a, const Sum* b, const Sum* d, int64_t chann
       sum += load(b + at) * load(d + at);
     }
     store(lanes + first, sum);
-  }
-}
-
-// Makes weights of logits, 0 where a query does not see a key, even where the query's lse is NaN.
-template <typename Sum>
-__attribute__((noinline)) void exponentials(Sum* logits, const Sum* shifts, const Shape& shape) {
-  const Vector<Sum> nothing = splat<Sum>(-kInfinity<Sum>);
-  for (int first = 0; first < kTileQueries; first += kWidth<Sum>) {
-    const Vector<Sum> shift = load(shifts + first);
-    for_each_entry<Sum>(shape, first, [&](int64_t entry) JAX_NATTEN_LAMBDA {
-      const Vector<Sum> logit = load(logits + entry);
-      store(logits + entry, select(logit == nothing, Vector<Sum>{}, exp2<Sum>(logit - shift)));
-    });
   }
 }
 
@@ -64,16 +51,6 @@ void add_entries(Sum* sums, const Sum* entries, const Shape& shape) {
     for_each_entry<Sum>(shape, first, [&](int64_t entry) JAX_NATTEN_LAMBDA {
       store(sums + entry, load(sums + entry) + load(entries + entry));
     });
-  }
-}
-
-template <typename Element>
-Tensor<Accumulator<Element>> sums_of(const Tensor<Element>& result,
-                                     const Tensor<Accumulator<Element>>& sums) {
-  if constexpr (std::is_same_v<Element, Accumulator<Element>>) {
-    return result;
-  } else {
-    return sums;
   }
 }
 
@@ -217,17 +194,10 @@ class BackwardBlock {
 
   // The packed queries' scale has a factor that the gradient's has not.
   void add_key_sums(int64_t head_kv) const {
-    const auto dk = sums_of(call_.dk, call_.dk_sums).head(place_.sample, head_kv);
-    const auto dv = sums_of(call_.dv, call_.dv_sums).head(place_.sample, head_kv);
-    constexpr int64_t kAhead = 16;
-    const std::vector<int64_t>& tokens = block_.key_tokens();
-    for (int64_t i = 0; i < block_.keys(); ++i) {
-      const int64_t ahead = tokens[std::min(i + kAhead, block_.keys() - 1)];
-      prefetch_row<1>(dk.row(ahead), problem_.dim);
-      prefetch_row<1>(dv.row(ahead), problem_.value_dim);
-      add_row(dk.row(tokens[i]), memory_.key_sums, i, kLn2<Sum>);
-      add_row(dv.row(tokens[i]), memory_.value_sums, i, Sum{1});
-    }
+    add_keys(sums_of(call_.dk, call_.dk_sums).head(place_.sample, head_kv), memory_.key_sums,
+             block_, kLn2<Sum>);
+    add_keys(sums_of(call_.dv, call_.dv_sums).head(place_.sample, head_kv), memory_.value_sums,
+             block_, Sum{1});
   }
 
   const Call<BackwardArrays<Element>>& call_;
@@ -236,26 +206,6 @@ class BackwardBlock {
   const BlockView block_;
   Memory memory_;
 };
-
-// Of sums over queries, what precedes them and what follows.
-template <typename T>
-Phase clear_keys(const Problem<kAxes>& problem, const Tensor<T>& sums, int64_t channels) {
-  return over_range(size_of_keys(problem, channels), [=](int64_t begin, int64_t end) {
-    std::fill(sums.data + begin, sums.data + end, T{0});
-  });
-}
-
-template <typename Element>
-Job narrow_keys(const Problem<kAxes>& problem, const Tensor<Element>& result,
-                const Tensor<Accumulator<Element>>& sums, int64_t channels) {
-  if constexpr (std::is_same_v<Element, Accumulator<Element>>) {
-    return {};
-  } else {
-    return {over_range(size_of_keys(problem, channels), [=](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) result.data[i] = narrow(sums.data[i], Element{});
-    })};
-  }
-}
 
 // The tables' gradients are sums over all queries of a head, which one task then has.
 template <typename Element>

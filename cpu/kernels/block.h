@@ -33,4 +33,12 @@ inline double products(const Problem<kAxes>& problem, const Blocks& blocks) {
          static_cast<double>(problem.dim + problem.value_dim);
 }
 
+// run(place, scratch) for all blocks, at any time.
+template <typename Run>
+Job over_blocks(const Problem<kAxes>& problem, const Blocks& blocks, double flops, Run run) {
+  const Numbering numbering(problem, blocks, blocks.count);
+  return {{numbering.count(), flops,
+           [=](int64_t task, Scratch& scratch) { run(numbering.place(task), scratch); }}};
+}
+
 }  // namespace jax_natten::JAX_NATTEN_TARGET

@@ -97,11 +97,9 @@ template <typename Element>
 Job make_job(const Call<ForwardArrays<Element>>& call) {
   const Blocks blocks =
       choose_blocks(call.problem, call.rank, bytes_per_key<Element>(call.problem));
-  const Numbering numbering(call.problem, blocks, blocks.count);
-  return {
-      {numbering.count(), 2 * products(call.problem, blocks), [=](int64_t task, Scratch& scratch) {
-         forward_block(call, blocks, numbering.place(task), scratch);
-       }}};
+  return over_blocks(
+      call.problem, blocks, 2 * products(call.problem, blocks),
+      [=](const Place& place, Scratch& scratch) { forward_block(call, blocks, place, scratch); });
 }
 
 }  // namespace jax_natten::JAX_NATTEN_TARGET

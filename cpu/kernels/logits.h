@@ -109,6 +109,19 @@ void tile_logits(Sum* logits, Sum* maxima, const Keys<Sum>& keys, const Sum* que
   }
 }
 
+// Makes weights of logits, 0 where a query does not see a key, even where the query's lse is NaN.
+template <typename Sum>
+__attribute__((noinline)) void exponentials(Sum* logits, const Sum* shifts, const Shape& shape) {
+  const Vector<Sum> nothing = splat<Sum>(-kInfinity<Sum>);
+  for (int first = 0; first < kTileQueries; first += kWidth<Sum>) {
+    const Vector<Sum> shift = load(shifts + first);
+    for_each_entry<Sum>(shape, first, [&](int64_t entry) JAX_NATTEN_LAMBDA {
+      const Vector<Sum> logit = load(logits + entry);
+      store(logits + entry, select(logit == nothing, Vector<Sum>{}, exp2<Sum>(logit - shift)));
+    });
+  }
+}
+
 // Products alone, of all queries of a tile.
 template <typename Sum>
 __attribute__((noinline)) void tile_products(Sum* products, const Keys<Sum>& keys,
