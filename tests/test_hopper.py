@@ -89,15 +89,16 @@ def tiles_of(size: int, window: tuple, queries: int, keys: int) -> tuple[int, in
 
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 def test_tiles(window):
-    for size, queries, keys in itertools.product((window[0] * window[2], 61), (1, 4, 16, 24), (1, 2, 8, 16)):
-        if -(-(-(-size // window[2])) // queries) <= 32:
+    """Exact for as many blocks as are looked at, in groups of one length."""
+    for size, queries, keys in itertools.product((window[0] * window[2], 60), (1, 4, 16, 24), (1, 2, 8, 16)):
+        if size // window[2] // queries <= 31:
             expected = tiles_of(size, window, queries, keys)
             assert _cuda.hopper_tiles(size, size, *window, queries, keys) == expected, (size, queries, keys)
 
 
 SHAPES = [
     ((300,), (31,), (1,), (1,), (False,)),
-    ((300,), (31,), (8,), (4,), (True,)),
+    ((300,), (31,), (8,), (2,), (True,)),
     ((40, 50), (7, 9), (1, 1), (1, 2), (False, False)),
     ((12, 20, 30), (3, 7, 9), (1, 2, 1), (2, 1, 1), (False, True, False)),
 ]
@@ -114,7 +115,7 @@ def test_shape(problem, consumers, keys):
     rank = len(spatial)
     assert all((b - 1) * d < 256 for b, d in zip(box[-rank:], window[2], strict=True))
     assert all(b == 1 for b in queries[:-rank])
-    blocks, visited, inner = 1, np.prod([1 / b if b < 1 else 1 for b in box[:-rank]]), 1
+    blocks = visited = inner = 1
     for a, size in enumerate(spatial):
         along = -rank + a
         axis = tuple(entries[a] for entries in window)
