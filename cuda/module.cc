@@ -120,14 +120,14 @@ nb::tuple hopper_shape(const Entries& query_shape, const Entries& key_shape,
   }
   const Problem<kAxes> problem =
       problem_from(query_shape, key_shape, kernel_size, stride, dilation, is_causal);
-  const sm90::Shape shape =
-      sm90::choose_shape(problem, static_cast<int>(query_shape.size()), consumers, keys,
-                         {costs[0], costs[1], costs[2]});
+  const sm90::Shape shape = sm90::choose_shape(problem, static_cast<int>(query_shape.size()),
+                                               consumers, keys, {costs[0], costs[1], costs[2]});
   const auto axes = [](const int (&of)[kAxes]) { return nb::make_tuple(of[0], of[1], of[2]); };
   return nb::make_tuple(axes(shape.queries), axes(shape.keys), shape.cost);
 }
 
-// How many tiles of keys blocks of queries visit along an axis, and how many of them are seen whole.
+// How many tiles of keys blocks of queries visit along an axis, and how many of them are seen
+// whole.
 nb::tuple hopper_tiles(int64_t query_size, int64_t key_size, int64_t kernel_size, int64_t stride,
                        int64_t dilation, bool is_causal, int queries, int keys) {
   if (queries < 1 || keys < 1) throw nb::value_error("need queries and keys");

@@ -68,13 +68,18 @@ WINDOWS = [
 ]
 
 
+def count(size: int, part: int) -> int:
+    """How many parts hold so many."""
+    return (size + part - 1) // part
+
+
 def tiles_of(size: int, window: tuple, queries: int, keys: int) -> tuple[int, int]:
     """Tiles of keys that blocks of queries visit, and those that every query of the block sees whole."""
     dilation = window[2]
     visited = inner = 0
     for group in range(min(dilation, size)):
         rows = list(range(group, size, dilation))
-        for begin in range(0, -(-size // dilation), queries):
+        for begin in range(0, count(size, dilation), queries):
             block = rows[begin : begin + queries]
             seen = [sorted(key for key, _ in axis_keys(row, size, *window).values()) for row in block]
             if not seen:
@@ -119,7 +124,7 @@ def test_shape(problem, consumers, keys):
     for a, size in enumerate(spatial):
         along = -rank + a
         axis = tuple(entries[a] for entries in window)
-        blocks *= min(axis[2], size) * -(-(-(-size // axis[2])) // queries[along])
+        blocks *= min(axis[2], size) * count(count(size, axis[2]), queries[along])
         tiles = tiles_of(size, axis, queries[along], box[along])
         visited, inner = visited * tiles[0], inner * tiles[1]
     inner = inner if 2 * inner >= visited and all(b == 1 for b in box[:-rank]) else 0
@@ -133,7 +138,9 @@ PROBLEMS = {
     "1d_causal": Problem(spatial=(270,), kernel_size=101, dilation=2, is_causal=True, dim=32),
     "1d_short": Problem(spatial=(5,), kernel_size=3, dim=64, batch=3),
     "1d_whole": Problem(spatial=(200,), kernel_size=200, dim=128),
-    "2d": Problem(spatial=(21, 30), kernel_size=(12, 9), stride=(3, 2), dilation=(1, 2), is_causal=(True, False), dim=64),
+    "2d": Problem(
+        spatial=(21, 30), kernel_size=(12, 9), stride=(3, 2), dilation=(1, 2), is_causal=(True, False), dim=64
+    ),
     "2d_lengths": Problem(
         spatial=(20, 25), kernel_size=(5, 7), dim=64, batch=4, lengths=((20, 25), (0, 9), (3, 4), (19, 11))
     ),

@@ -1,5 +1,5 @@
-// The kernels that there are for each head dim, and what they take, in cycles of a multiprocessor as
-// measured on an H100: for a block, and for a tile of keys with and without a mask.
+// The kernels that there are for each head dim, and what they take, in cycles of a multiprocessor
+// as measured on an H100: for a block, and for a tile of keys with and without a mask.
 //
 // Large blocks for windows of many tiles: the queries of two or three consumers read each key once.
 // Small ones for small windows, several on a multiprocessor, which hide each other's beginnings and
@@ -27,8 +27,8 @@ using KernelsOf = typename Kernels<Element, kDim>::Type;
 
 template <typename Element>
 struct Kernels<Element, 32> {
-  using Type = Choices<Choice<Config<Element, 32, 128, 3, 4, 1, true>, 8000, 3100, 2500>,
-                       Choice<Config<Element, 32, 64, 1, 4, 4, false>, 2000, 580, 520>>;
+  using Type = Choices<Choice<Config<Element, 32, 128, 3, 4, 1, true>, 8000, 2700, 2300>,
+                       Choice<Config<Element, 32, 64, 1, 4, 4, false>, 2500, 470, 420>>;
 };
 
 template <typename Element>
@@ -40,14 +40,12 @@ struct Kernels<Element, 64> {
 
 template <typename Element>
 struct Kernels<Element, 96> {
-  using Type = Choices<Choice<Config<Element, 96, 128, 2, 3, 1, true>, 5000, 2700, 2500>,
-                       Choice<Config<Element, 96, 64, 1, 3, 2, false>, 2500, 900, 820>>;
+  using Type = Choices<Choice<Config<Element, 96, 128, 2, 3, 1, true>, 8000, 2300, 2100>>;
 };
 
 template <typename Element>
 struct Kernels<Element, 128> {
-  using Type = Choices<Choice<Config<Element, 128, 128, 2, 2, 1, true>, 5000, 2800, 2600>,
-                       Choice<Config<Element, 128, 64, 1, 2, 2, false>, 2500, 1000, 920>>;
+  using Type = Choices<Choice<Config<Element, 128, 128, 2, 2, 1, true>, 5000, 2800, 2600>>;
 };
 
 template <typename Element>

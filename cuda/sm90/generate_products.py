@@ -1,7 +1,7 @@
 """Writes products.cuh: the warpgroup's matrix instructions, which name every accumulator in their text.
 
-The build runs it, with the path to write to. One struct `Product` for each element type and width: 64 rows by `width` columns are added to, 16 of
-the summed index at a time.
+The build runs it, with the path to write to. One struct `Product` for each element type and width: 64 rows by `width`
+columns are added to, 16 of the summed index at a time.
 """
 
 import sys

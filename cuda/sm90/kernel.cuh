@@ -48,8 +48,7 @@ template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     forward_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Tensor<float> lse,
                    const __grid_constant__ Problem<kAxes> problem,
-                   const __grid_constant__ Shape shape,
-                   const __grid_constant__ QueryTiles tiles) {
+                   const __grid_constant__ Shape shape, const __grid_constant__ QueryTiles tiles) {
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& shared = *reinterpret_cast<Shared<Config>*>(memory);
   if (threadIdx.x == 0) shared.init_barriers();

@@ -2,8 +2,8 @@
 //   s = q k^T, p = the weights of s, out = out * shrink + p v.
 //
 // Tiles that need a mask come first, then those that need none. While the matrix units work on
-// p v of one tile, the warpgroup takes the exponentials of the next one's s, whose product was begun
-// before.
+// p v of one tile, the warpgroup takes the exponentials of the next one's s, whose product was
+// begun before.
 #pragma once
 
 #include "cuda/sm90/products.cuh"
@@ -89,16 +89,14 @@ struct Consumer {
   }
 
   template <int kPlaces>
-  __device__ __forceinline__ void give_back(Handover (&places)[kPlaces],
-                                            Cursor<kPlaces>& cursor) {
+  __device__ __forceinline__ void give_back(Handover (&places)[kPlaces], Cursor<kPlaces>& cursor) {
     if (is_leader) places[cursor.place].free.arrive();
     cursor.advance();
   }
 
   // The tile whose logits come next: its mask is worked out while they are computed.
   template <bool kMasked>
-  __device__ __forceinline__ void find_words(const Mask& mask,
-                                             uint32_t (&words)[kLaneRows][2]) {
+  __device__ __forceinline__ void find_words(const Mask& mask, uint32_t (&words)[kLaneRows][2]) {
     if constexpr (kMasked) mask.words_of(shared.box[box.place], shape, words);
   }
 

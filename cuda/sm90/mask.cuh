@@ -100,9 +100,9 @@ __device__ __forceinline__ void apply_mask(float (&s)[kCount],
 // Values of keys that do not exist, but have a place in the array, become 0: they may hold
 // anything, and 0 times NaN is NaN. All threads of a warpgroup; each does it for itself.
 template <typename Config, int kQueries>
-__device__ __noinline__ void clear_missing_values(unsigned char* values,
-                                                  const Plan<kQueries>& plan, const Shape& shape,
-                                                  const KeyBox& box, int barrier) {
+__device__ __noinline__ void clear_missing_values(unsigned char* values, const Plan<kQueries>& plan,
+                                                  const Shape& shape, const KeyBox& box,
+                                                  int barrier) {
   constexpr int kUnits = Config::kRowBytes / 16;
   const auto thread = static_cast<int>(threadIdx.x) % kWarpgroup;
   int left[kAxes];  // existing keys, from the tile's first

@@ -28,8 +28,8 @@ cudaError_t launch(cudaStream_t stream, const ForwardArrays<typename Config::Ele
   const Encode encoder = tensor_map_encoder();
   if (count >= int64_t{1} << 31 || encoder == nullptr) return kNotServed;
   Maps maps;
-  Boxes<Element> queries{arrays.q.data, problem.samples, {}, problem.heads, problem.dim,
-                         Config::kChannels, {}, {}};
+  Boxes<Element> queries{arrays.q.data, problem.samples,   {}, problem.heads,
+                         problem.dim,   Config::kChannels, {}, {}};
   Boxes<Element> keys = queries;
   keys.heads = problem.heads_kv;
   for (int a = 0; a < kAxes; ++a) {
@@ -72,25 +72,23 @@ cudaError_t launch(cudaStream_t stream, const ForwardArrays<typename Config::Ele
                           dim3(Config::kThreads), arguments, kBytes, stream);
 }
 
-// The least costly of a head dim's kernels, each in its best shape.
-template <typename Element, typename Choice, typename... Others>
+// Runs the least costly of the kernels, each in its best shape.
+template <typename Element, typename... Known>
 cudaError_t run_best(cudaStream_t stream, const ForwardArrays<Element>& arrays,
-                     const Problem<kAxes>& problem, int rank, Choices<Choice, Others...>,
-                     const Shape* best = nullptr,
-                     cudaError_t (*launch_best)(cudaStream_t, const ForwardArrays<Element>&,
-                                                const Problem<kAxes>&, const Shape&) = nullptr) {
-  using Config = typename Choice::Config;
-  const Shape shape =
-      choose_shape(problem, rank, Config::kConsumers, Config::kKeys, Choice::kCosts);
-  if (shape.cost >= 0 && (best == nullptr || shape.cost < best->cost)) {
-    best = &shape;
+                     const Problem<kAxes>& problem, int rank, Choices<Known...>) {
+  Shape best{};
+  cudaError_t (*launch_best)(cudaStream_t, const ForwardArrays<Element>&, const Problem<kAxes>&,
+                             const Shape&) = nullptr;
+  const auto consider = [&](auto choice) {
+    using Config = typename decltype(choice)::Config;
+    const Shape shape =
+        choose_shape(problem, rank, Config::kConsumers, Config::kKeys, choice.kCosts);
+    if (shape.cost < 0 || (launch_best != nullptr && shape.cost >= best.cost)) return;
+    best = shape;
     launch_best = &launch<Config>;
-  }
-  if constexpr (sizeof...(Others) > 0) {
-    return run_best(stream, arrays, problem, rank, Choices<Others...>{}, best, launch_best);
-  } else {
-    return best == nullptr ? kNotServed : launch_best(stream, arrays, problem, *best);
-  }
+  };
+  (consider(Known{}), ...);
+  return launch_best == nullptr ? kNotServed : launch_best(stream, arrays, problem, best);
 }
 
 template <typename Element>

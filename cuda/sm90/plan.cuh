@@ -3,8 +3,8 @@
 //
 // What a query sees along an axis begins and ends no earlier than what the query before it sees. So
 // the keys that a box of queries sees together are a box, from where that of the first query begins
-// to where that of the last ends, and those that all see lie from where the last begins to where the
-// first ends.
+// to where that of the last ends, and those that all see lie from where the last begins to where
+// the first ends.
 #pragma once
 
 #include <cstdint>
@@ -70,8 +70,8 @@ struct AxisQueries {
         first(geometry::locate(window, frame.extent, frame.query_origin + index)) {
     present = geometry::existing(window, first.group, frame.query_origin, frame.query_count);
     present = geometry::intersect(present, {0, first.length});
-    present = geometry::intersect(
-        present, {first.position, first.position + int64_t{shape.queries[axis]}});
+    present = geometry::intersect(present,
+                                  {first.position, first.position + int64_t{shape.queries[axis]}});
   }
 
   // The keys that the query of a position sees.

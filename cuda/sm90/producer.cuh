@@ -96,8 +96,7 @@ struct Producer {
     load<Config::kKeys>(shared.k[stage.place], &maps.k, keys.full, plan.kv_head, at, plan.sample);
     between();
     values.free.wait(stage.parity ^ 1);
-    load<Config::kKeys>(shared.v[stage.place], &maps.v, values.full, plan.kv_head, at,
-                        plan.sample);
+    load<Config::kKeys>(shared.v[stage.place], &maps.v, values.full, plan.kv_head, at, plan.sample);
     stage.advance();
     boxes.advance();
   }

@@ -7,8 +7,8 @@
 
 namespace jax_natten::sm90 {
 
-// The copy engine loads tiles of as few keys as an axis' dilation leaves room for; where that leaves
-// no tile that lies in the window's axes, keys would be loaded in vain.
+// The copy engine loads tiles of as few keys as an axis' dilation leaves room for; where that
+// leaves no tile that lies in the window's axes, keys would be loaded in vain.
 inline bool has_room(const Problem<kAxes>& problem, int rank) {
   const AxisWindow& last = problem.window[kAxes - 1];
   constexpr int64_t kLeastTile = 64;

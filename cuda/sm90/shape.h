@@ -27,8 +27,8 @@ struct Shape {
   int stride[kAxes];
   uint32_t period[kAxes];
   uint32_t repeat[kAxes];
-  float scale;             // of the logits
-  double cost;             // of all blocks of a head
+  float scale;  // of the logits
+  double cost;  // of all blocks of a head
 };
 
 // So many keys along an axis, not fewer than none, in bits of masks.
@@ -50,10 +50,10 @@ struct Costs {
 struct AxisBlocks {
   static constexpr int kSome = 32;
 
-  int count;              // of those here
-  double all;             // how many blocks there are for one here
-  int seen[kSome];        // keys that some query of a block sees
-  int inner_begin[kSome]; // and, counted from the first of them, those that every query sees
+  int count;               // of those here
+  double all;              // how many blocks there are for one here
+  int seen[kSome];         // keys that some query of a block sees
+  int inner_begin[kSome];  // and, counted from the first of them, those that every query sees
   int inner_end[kSome];
 
   AxisBlocks() : count(-1) {}
@@ -150,8 +150,7 @@ inline Shape choose_shape(const Problem<kAxes>& problem, int rank, int consumers
   // Not half of whose rows are missing; the last axis takes what is left.
   const auto is_useful = [&](int axis, int log_rows) {
     return fits(axis, 1 << log_rows) &&
-           (log_rows == 0 ||
-            1 << log_rows < 2 * row_positions<Side::kQueries>(problem, axis));
+           (log_rows == 0 || 1 << log_rows < 2 * row_positions<Side::kQueries>(problem, axis));
   };
   Shape best{};
   best.cost = -1;
@@ -167,8 +166,8 @@ inline Shape choose_shape(const Problem<kAxes>& problem, int rank, int consumers
       axes[a] = &blocks_along(a, all, log_rows[a]);
       shape.log_rows[a] = log_rows[a];
       shape.queries[a] = (all ? consumers : 1) << log_rows[a];
-      shape.query_tiles[a] = static_cast<int>(geometry::ceil_div(
-          row_positions<Side::kQueries>(problem, a), shape.queries[a]));
+      shape.query_tiles[a] = static_cast<int>(
+          geometry::ceil_div(row_positions<Side::kQueries>(problem, a), shape.queries[a]));
       blocks *= axes[a]->all * axes[a]->count;
     }
     const int runs = keys / kRun;
@@ -182,7 +181,8 @@ inline Shape choose_shape(const Problem<kAxes>& problem, int rank, int consumers
         const double tiles = x_tiles * axes[1]->tiles(y) * axes[0]->tiles(z);
         double inner = x_inner * axes[1]->inner_tiles(y) * axes[0]->inner_tiles(z);
         if (2 * inner < tiles) inner = 0;  // then all have a mask
-        const double cost = blocks * costs.block + (tiles - inner) * costs.rim + inner * costs.inner;
+        const double cost =
+            blocks * costs.block + (tiles - inner) * costs.rim + inner * costs.inner;
         // Of nearly equals the first, which has the longest rows.
         if (best.cost >= 0 && cost >= 0.995 * best.cost) continue;
         best = shape;

@@ -24,8 +24,8 @@ inline Encode tensor_map_encoder() {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult result;
   constexpr unsigned kSince = 12000;
-  const cudaError_t error = cudaGetDriverEntryPointByVersion(
-      "cuTensorMapEncodeTiled", &function, kSince, cudaEnableDefault, &result);
+  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                             kSince, cudaEnableDefault, &result);
   const bool found = error == cudaSuccess && result == cudaDriverEntryPointSuccess;
   return found ? reinterpret_cast<Encode>(function) : nullptr;
 }
