@@ -1,4 +1,5 @@
-// The forward kernel: blocks that stay, each with a planner, a producer and consumers.
+// The forward kernel: a block has a planner, a producer and consumers, which go through its tiles
+// of queries at their own pace.
 #pragma once
 
 #include "cpu/operands.h"

@@ -102,10 +102,10 @@ struct Consumer {
 
   // Before the values of a tile are used, of a plan that has missing ones.
   template <typename Plan>
-  __device__ __forceinline__ void clear_values(const Plan& plan, int place, uint32_t parity,
-                                               int box_place) {
-    shared.values[place].full.wait(parity);
-    clear_missing_values<Config>(shared.v[place], plan, shape, shared.box[box_place], 1 + number);
+  __device__ __forceinline__ void clear_values(const Plan& plan) {
+    shared.values[value.place].full.wait(value.parity);
+    clear_missing_values<Config>(shared.v[value.place], plan, shape, shared.box[box.place],
+                                 1 + number);
   }
 
   // All tiles of keys of a plan, which has at least one; after_queries() once the queries have been
@@ -120,8 +120,8 @@ struct Consumer {
     uint32_t p[kLogits / 2];
     float shrink[kLaneRows];
 
-    // Logits of the next tile, then weights and outputs.
-    const auto one_by_one = [&](auto masked) __attribute__((always_inline)) {
+    // The weights of the next tile.
+    const auto weigh = [&](auto masked) __attribute__((always_inline)) {
       constexpr bool kMasked = decltype(masked)::value;
       uint32_t words[kLaneRows][2];
       shared.keys[key.place].full.wait(key.parity);
@@ -134,9 +134,13 @@ struct Consumer {
       give_back(shared.keys, key);
       if constexpr (kMasked) apply_mask(s, words);
       softmax.add(s, shrink);
-      scale_rows(out, shrink);
+      if constexpr (!Config::kOverlaps) scale_rows(out, shrink);
       round(s, p);
-      if (kMasked && clears) clear_values(plan, value.place, value.parity, box.place);
+      if (kMasked && clears) clear_values(plan);
+    };
+
+    // The outputs of the tile whose weights are there.
+    const auto apply_weights = [&]() __attribute__((always_inline)) {
       shared.values[value.place].full.wait(value.parity);
       pin(out);
       pin(p);
@@ -146,29 +150,9 @@ struct Consumer {
       pin(out);
       pin(p);
       give_back(shared.values, value);
-      box.advance();
     };
 
-    // The first tile's logits.
-    const auto first = [&](auto masked) __attribute__((always_inline)) {
-      constexpr bool kMasked = decltype(masked)::value;
-      uint32_t words[kLaneRows][2];
-      shared.keys[key.place].full.wait(key.parity);
-      pin(s);
-      begin_products();
-      begin_logits(s);
-      find_words<kMasked>(mask, words);
-      wait_for_products<0>();
-      pin(s);
-      give_back(shared.keys, key);
-      if constexpr (kMasked) apply_mask(s, words);
-      softmax.add(s, shrink);
-      round(s, p);
-      if (kMasked && clears) clear_values(plan, value.place, value.parity, box.place);
-      box.advance();
-    };
-
-    // Logits of a tile while the outputs of the one before are computed.
+    // The weights of the next tile, while the outputs of the one before are computed.
     const auto overlapped = [&](auto masked) __attribute__((always_inline)) {
       constexpr bool kMasked = decltype(masked)::value;
       uint32_t words[kLaneRows][2];
@@ -193,11 +177,15 @@ struct Consumer {
       give_back(shared.values, value);
       round(s, p);
       scale_rows(out, shrink);
-      if (kMasked && clears) clear_values(plan, value.place, value.parity, box.place);
+      if (kMasked && clears) clear_values(plan);
       box.advance();
     };
 
     if constexpr (Config::kOverlaps) {
+      const auto first = [&](auto masked) __attribute__((always_inline)) {
+        weigh(masked);
+        box.advance();
+      };
       if (rim > 0) {
         first(std::true_type{});
       } else {
@@ -206,15 +194,13 @@ struct Consumer {
       for (tile = 1; tile < rim; ++tile) overlapped(std::true_type{});
       for (; tile < tiles; ++tile) overlapped(std::false_type{});
       after_queries();
-      shared.values[value.place].full.wait(value.parity);
-      pin(out);
-      pin(p);
-      begin_products();
-      begin_outputs(out, p);
-      wait_for_products<0>();
-      pin(out);
-      give_back(shared.values, value);
+      apply_weights();
     } else {
+      const auto one_by_one = [&](auto masked) __attribute__((always_inline)) {
+        weigh(masked);
+        apply_weights();
+        box.advance();
+      };
       for (; tile < rim; ++tile) one_by_one(std::true_type{});
       for (; tile < tiles; ++tile) one_by_one(std::false_type{});
       after_queries();

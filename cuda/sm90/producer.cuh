@@ -7,9 +7,9 @@
 
 namespace jax_natten::sm90 {
 
-// The tiles of queries of a block: of every `together` blocks, which run at once, each takes every
-// `together`-th tile of as many as they have. Blocks that come to their ends, and not one block for
-// each processor that stays: those would drift apart and no longer share keys in the cache.
+// The schedule: the tiles of queries of a block. Blocks that run at once, `together` of them, take
+// tiles in turn, `per_block` each, so that they share keys in the cache; then the next blocks do.
+// One block for each processor that takes all would not be better: they would drift apart.
 struct QueryTiles {
   unsigned count;      // of tiles
   unsigned per_block;  // at most

@@ -71,7 +71,7 @@ struct AxisBlocks {
                                  geometry::locate(window, extent, frame.query_origin + index));
     };
     count = static_cast<int>(geometry::min(blocks, kSome));
-    all = static_cast<double>(blocks * groups) / count;
+    all = count == 0 ? 0 : static_cast<double>(blocks * groups) / count;
     for (int i = 0; i < count; ++i) {
       const int64_t block = (2 * i + 1) * blocks / (2 * count);
       const int64_t first = block * queries * window.dilation + i % groups;
