@@ -64,7 +64,7 @@ const Window kWindows[] = {
      {0, 0},
      {0, 0},
      {},
-     2,
+     1,
      1,
      true},
     {"3d",
