@@ -71,21 +71,29 @@ struct Handlers {
 
   static Result backward(Context context, In q, In k, In v, In bias, In frame, In out, In lse,
                          In ct_out, In ct_lse, Out dq, Out dk, Out dv, Out dbias, Out delta,
-                         Out dbias_parts, Sizes kernel_size, Sizes stride, Sizes dilation,
-                         Sizes is_causal, bool tf32, double scale) {
+                         Out dbias_parts, Out dk_sums, Out dv_sums, Sizes kernel_size, Sizes stride,
+                         Sizes dilation, Sizes is_causal, bool tf32, double scale) {
     return dispatch(q.element_type(), context,
                     {kernel_size, stride, dilation, is_causal, tf32, scale},
                     BackwardBuffers{q, k, v, bias, frame, out, lse, ct_out, ct_lse, *dq, *dk, *dv,
-                                    *dbias, *delta, *dbias_parts});
+                                    *dbias, *delta, *dbias_parts, *dk_sums, *dv_sums});
   }
 
-  // The unfused operations have one result and no scale.
+  // The unfused operations have no scale.
   template <typename Buffers>
   static Result two_operands(Context context, In a, In b, In frame, Out result, Sizes kernel_size,
                              Sizes stride, Sizes dilation, Sizes is_causal, bool tf32) {
     return dispatch(a.element_type(), context,
                     {kernel_size, stride, dilation, is_causal, tf32, 1.0},
                     Buffers{a, b, frame, *result});
+  }
+
+  static Result inverse(Context context, In attn, In x, In frame, Out out, Out sums,
+                        Sizes kernel_size, Sizes stride, Sizes dilation, Sizes is_causal,
+                        bool tf32) {
+    return dispatch(attn.element_type(), context,
+                    {kernel_size, stride, dilation, is_causal, tf32, 1.0},
+                    InverseBuffers{attn, x, frame, *out, *sums});
   }
 
   template <typename Buffers>
@@ -134,10 +142,10 @@ std::vector<Handler> handlers_of() {
   return {
       {"jax_natten_forward", call<Backend, H::forward, 5, 2, true>},
       {"jax_natten_tangent", call<Backend, H::tangent, 11, 2, true>},
-      {"jax_natten_backward", call<Backend, H::backward, 9, 6, true>},
+      {"jax_natten_backward", call<Backend, H::backward, 9, 8, true>},
       {"jax_natten_qk", call<Backend, H::template two_operands<QkBuffers>, 3, 1, false>},
       {"jax_natten_av", call<Backend, H::template two_operands<AvBuffers>, 3, 1, false>},
-      {"jax_natten_inverse", call<Backend, H::template two_operands<InverseBuffers>, 3, 1, false>},
+      {"jax_natten_inverse", call<Backend, H::inverse, 3, 2, false>},
       {"jax_natten_spread", call<Backend, H::template one_operand<SpreadBuffers>, 2, 1, false>},
       {"jax_natten_collect", call<Backend, H::template one_operand<CollectBuffers>, 2, 1, false>},
   };

@@ -32,7 +32,7 @@ struct BackwardBuffers {
   using Operands = BackwardOperands<Element, Rank>;
 
   ffi::AnyBuffer q, k, v, bias, frame, out, lse, ct_out, ct_lse;
-  ffi::AnyBuffer dq, dk, dv, dbias, delta, dbias_parts;
+  ffi::AnyBuffer dq, dk, dv, dbias, delta, dbias_parts, dk_sums, dv_sums;
 };
 
 struct QkBuffers {
@@ -56,7 +56,7 @@ struct InverseBuffers {
   using Operands = InverseOperands<Element, Rank>;
 
   ffi::AnyBuffer attn, x, frame;
-  ffi::AnyBuffer out;
+  ffi::AnyBuffer out, sums;
 };
 
 struct SpreadBuffers {
@@ -162,13 +162,18 @@ void read(Decoder& decoder, const BackwardBuffers& b, BackwardOperands<Element, 
                  {Axis::kBatch, Axis::kQueries, Axis::kHeads, Axis::kValueDim});
   expect_rows("lse", b.lse);
   expect_rows("ct_lse", b.ct_lse);
-  expect_rows("delta", b.delta);
+  decoder.expect("delta", b.delta, kDataType<Sum>,
+                 {Axis::kBatch, Axis::kDeltas, Axis::kQueries, Axis::kHeads});
   decoder.expect("dq", b.dq, kType, {Axis::kBatch, Axis::kQueries, Axis::kHeads, Axis::kDim});
   decoder.expect("dk", b.dk, kType, {Axis::kBatch, Axis::kKeys, Axis::kHeadsKv, Axis::kDim});
   decoder.expect("dv", b.dv, kType, {Axis::kBatch, Axis::kKeys, Axis::kHeadsKv, Axis::kValueDim});
   decoder.expect("dbias", b.dbias, kDataType<Sum>, {Axis::kBatch, Axis::kHeads, Axis::kTable});
   decoder.expect("dbias_parts", b.dbias_parts, kDataType<Sum>,
                  {Axis::kBatch, Axis::kHeads, Axis::kParts, Axis::kTable});
+  decoder.expect("dk_sums", b.dk_sums, kDataType<Sum>,
+                 {Axis::kBatch, Axis::kSums, Axis::kKeys, Axis::kHeadsKv, Axis::kDim});
+  decoder.expect("dv_sums", b.dv_sums, kDataType<Sum>,
+                 {Axis::kBatch, Axis::kSums, Axis::kKeys, Axis::kHeadsKv, Axis::kValueDim});
   const Problem<Rank>& p = op.problem;
   const Layout rows = token_major(p.heads, p.queries(), 1);
   const Layout outs = token_major(p.heads, p.queries(), p.value_dim);
@@ -181,6 +186,8 @@ void read(Decoder& decoder, const BackwardBuffers& b, BackwardOperands<Element, 
   op.dv = tensor<Element>(b.dv, op.v.layout);
   op.dbias = tensor<Sum>(b.dbias, op.bias.layout);
   op.delta = tensor<Sum>(b.delta, rows);
+  op.dk_sums = tensor<Sum>(b.dk_sums, op.k.layout);
+  op.dv_sums = tensor<Sum>(b.dv_sums, op.v.layout);
   op.parts = decoder.parts();
   op.dbias_parts = tensor<Sum>(b.dbias_parts, heads_first(p.heads, op.parts, p.biases()));
 }
@@ -221,11 +228,14 @@ void read(Decoder& decoder, const InverseBuffers& b, InverseOperands<Element, Ra
   decoder.expect("attn", b.attn, kType, {Axis::kBatch, Axis::kHeads, Axis::kQueries, Axis::kSlots});
   decoder.expect("x", b.x, kType, {Axis::kBatch, Axis::kHeads, Axis::kQueries, Axis::kValueDim});
   decoder.expect("out", b.out, kType, {Axis::kBatch, Axis::kHeadsKv, Axis::kKeys, Axis::kValueDim});
+  decoder.expect("sums", b.sums, kDataType<Accumulator<Element>>,
+                 {Axis::kBatch, Axis::kSums, Axis::kHeadsKv, Axis::kKeys, Axis::kValueDim});
   op.problem = decoder.problem<Rank>(b.frame);
   const Problem<Rank>& p = op.problem;
   op.attn = tensor<const Element>(b.attn, heads_first(p.heads, p.queries(), p.slots()));
   op.x = tensor<const Element>(b.x, heads_first(p.heads, p.queries(), p.value_dim));
   op.out = tensor<Element>(b.out, heads_first(p.heads_kv, p.keys(), p.value_dim));
+  op.sums = tensor<Accumulator<Element>>(b.sums, op.out.layout);
 }
 
 template <typename Element, int Rank>

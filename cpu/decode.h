@@ -35,8 +35,10 @@ enum class Axis {
   kBatch,
   kQueries,
   kKeys,
-  kTable,  // 2 k - 1
-  kParts,  // tables that are summed to one
+  kTable,   // 2 k - 1
+  kParts,   // tables that are summed to one
+  kDeltas,  // 1, or 0 for kernels that keep no such array
+  kSums,    // the same
   kHeads,
   kHeadsKv,
   kDim,

@@ -1,12 +1,16 @@
 // The Python module jax_natten._cpu: the FFI handlers as capsules, the FFI version that they were
 // built with, and the geometry of one axis for tests.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <array>
 #include <cstdint>
+#include <string>
 
 #include "cpu/geometry.h"
 #include "cpu/registrations.h"
+#include "cpu/targets.h"
 
 namespace nb = nanobind;
 
@@ -67,6 +71,9 @@ nb::list queries_of_keys(int64_t kernel_size, int64_t stride, int64_t dilation, 
 NB_MODULE(_cpu, m) {
   using namespace nanobind::literals;
   jax_natten::define_registrations(m);
+  const std::string target = jax_natten::name_of(jax_natten::target());
+  m.def("target", [target] { return target; });
+  m.def("available_targets", &jax_natten::available_targets);
   m.def("keys_of_queries", &jax_natten::keys_of_queries, "kernel_size"_a, "stride"_a, "dilation"_a,
         "is_causal"_a, "frame"_a, "query_size"_a, "key_size"_a);
   m.def("queries_of_keys", &jax_natten::queries_of_keys, "kernel_size"_a, "stride"_a, "dilation"_a,

@@ -46,7 +46,10 @@ struct BackwardArrays : FusedArrays<Element> {
   Tensor<Element> dk;
   Tensor<Element> dv;
   Tensor<Accumulator<Element>> dbias;
+  // Kernels that need delta again, or sums of dk and dv that Element cannot hold, keep them here.
   Tensor<Accumulator<Element>> delta;
+  Tensor<Accumulator<Element>> dk_sums;
+  Tensor<Accumulator<Element>> dv_sums;
   // Kernels that sum a table in parts, so many, put them here: a head is the parts of one table.
   Tensor<Accumulator<Element>> dbias_parts;
   int64_t parts;
@@ -73,6 +76,7 @@ struct InverseArrays {
   Tensor<const Element> attn;
   Tensor<const Element> x;
   Tensor<Element> out;
+  Tensor<Accumulator<Element>> sums;  // of out, where a kernel keeps some that Element cannot hold
 };
 
 // A head of the table is one head's.

@@ -4,12 +4,18 @@
 #pragma once
 
 #include "cpu/buffers.h"
-#include "cpu/fused.h"
 #include "cpu/operations.h"
 #include "cpu/parallel.h"
-#include "cpu/unfused.h"
+#include "cpu/tables.h"
+#include "cpu/targets.h"
 
 namespace jax_natten {
+
+// Operations without a kernel of their own here have one for every instruction set.
+template <typename Arrays, int Rank>
+Job job(const OperandsOf<Arrays, Rank>& op) {
+  return job_on_target(call_of(op));
+}
 
 template <typename Element, typename Buffers>
 ffi::Future Operation<Element, Buffers>::run(ffi::ThreadPool& pool, const Attributes& attributes,

@@ -22,6 +22,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/scratch.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_natten {
@@ -30,8 +31,8 @@ namespace ffi = ::xla::ffi;
 
 struct Phase {
   int64_t tasks;
-  double flops;  // of all tasks, roughly
-  std::function<void(int64_t task)> run;
+  double flops;                                             // of all tasks, roughly
+  std::function<void(int64_t task, Scratch& scratch)> run;  // the scratch is the worker's
 };
 
 using Job = std::vector<Phase>;
@@ -49,7 +50,7 @@ Phase over_tokens(int64_t samples, int64_t heads, int64_t tokens, double flops_p
   const int64_t chunk = whole_heads ? tokens : std::max<int64_t>(static_cast<int64_t>(per_task), 1);
   const int64_t chunks = whole_heads ? 1 : (tokens + chunk - 1) / chunk;
   const double flops = flops_per_token * static_cast<double>(samples * heads * tokens);
-  return {samples * heads * chunks, flops, [=](int64_t task) {
+  return {samples * heads * chunks, flops, [=](int64_t task, Scratch&) {
             const int64_t head = task / chunks;
             const int64_t begin = task % chunks * chunk;
             run(head / heads, head % heads, begin, std::min(begin + chunk, tokens));
@@ -80,20 +81,21 @@ class Work {
   ffi::Future future() { return ffi::Future(promise_); }
 
   void work() {
+    Scratch scratch;
     for (size_t phase = 0; phase < job_.size(); ++phase) {
-      run_tasks(phase);
+      run_tasks(phase, scratch);
       wait_for(phase);
     }
     if (!completed_.exchange(true)) complete();
   }
 
  private:
-  void run_tasks(size_t phase) {
+  void run_tasks(size_t phase, Scratch& scratch) {
     const int64_t tasks = job_[phase].tasks;
     Progress& progress = progress_[phase];
     for (int64_t task; (task = progress.taken.fetch_add(1)) < tasks;) {
       try {
-        job_[phase].run(task);
+        job_[phase].run(task, scratch);
       } catch (...) {  // what tasks can throw is std::bad_alloc
         failed_.store(true);
       }

@@ -8,14 +8,12 @@
 #include <vector>
 
 #include "cpu/registrations.h"
-#include "cuda/sm80/tiling.h"
+#include "cpu/tiling.h"
 
 namespace nb = nanobind;
 
 namespace jax_natten {
 namespace {
-
-using sm80::kAxes, sm80::Side;
 
 // One entry for each axis.
 using Entries = std::vector<int64_t>;
@@ -32,7 +30,7 @@ Problem<kAxes> problem_of(const std::vector<AxisWindow>& window, const Entries& 
     problem.key_shape[a] = key_shape[a];
   }
   problem.samples = problem.heads = problem.heads_kv = 1;
-  return sm80::in_three_axes(problem);
+  return in_three_axes(problem);
 }
 
 Problem<kAxes> problem_from(const Entries& query_shape, const Entries& key_shape,
@@ -67,28 +65,28 @@ Problem<kAxes> problem_from(const Entries& query_shape, const Entries& key_shape
 nb::tuple tiling(const Entries& query_shape, const Entries& key_shape, const Entries& kernel_size,
                  const Entries& stride, const Entries& dilation, const std::vector<bool>& is_causal,
                  bool rows_are_keys, int tokens, int columns) {
-  if (!is_power_of_two(tokens) || tokens > 1 << sm80::kMostLogSize || !is_power_of_two(columns)) {
+  if (!is_power_of_two(tokens) || tokens > 1 << kMostLogSize || !is_power_of_two(columns)) {
     throw nb::value_error("need powers of two, and a tile of rows that is not too large");
   }
   const Problem<kAxes> problem =
       problem_from(query_shape, key_shape, kernel_size, stride, dilation, is_causal);
   const int rank = static_cast<int>(query_shape.size());
-  const sm80::Tiling tiling =
-      rows_are_keys ? sm80::choose_tiling<Side::kKeys>(problem, rank, tokens, columns)
-                    : sm80::choose_tiling<Side::kQueries>(problem, rank, tokens, columns);
+  const Tiling tiling = rows_are_keys
+                            ? choose_tiling<Side::kKeys>(problem, rank, tokens, columns)
+                            : choose_tiling<Side::kQueries>(problem, rank, tokens, columns);
   const auto axes = [](const int (&of)[kAxes]) { return nb::make_tuple(of[0], of[1], of[2]); };
   return nb::make_tuple(axes(tiling.log_size), axes(tiling.tiles), tiling.pairs);
 }
 
 // How many columns a tile of rows sees together along an axis.
-int64_t seen_together(int64_t query_size, int64_t key_size, int64_t kernel_size, int64_t stride,
-                      int64_t dilation, bool is_causal, bool rows_are_keys, int64_t first,
-                      int64_t size) {
+int64_t columns_seen(int64_t query_size, int64_t key_size, int64_t kernel_size, int64_t stride,
+                     int64_t dilation, bool is_causal, bool rows_are_keys, int64_t first,
+                     int64_t size) {
   const Problem<kAxes> problem =
       problem_from({query_size}, {key_size}, {kernel_size}, {stride}, {dilation}, {is_causal});
   constexpr int kLast = kAxes - 1;
-  return rows_are_keys ? sm80::seen_together<Side::kKeys>(problem, kLast, first, size)
-                       : sm80::seen_together<Side::kQueries>(problem, kLast, first, size);
+  return rows_are_keys ? seen_together<Side::kKeys>(problem, kLast, first, size)
+                       : seen_together<Side::kQueries>(problem, kLast, first, size);
 }
 
 }  // namespace
@@ -99,6 +97,6 @@ NB_MODULE(_cuda, m) {
   jax_natten::define_registrations(m);
   m.def("tiling", &jax_natten::tiling, "query_shape"_a, "key_shape"_a, "kernel_size"_a, "stride"_a,
         "dilation"_a, "is_causal"_a, "rows_are_keys"_a, "tokens"_a, "columns"_a);
-  m.def("seen_together", &jax_natten::seen_together, "query_size"_a, "key_size"_a, "kernel_size"_a,
+  m.def("seen_together", &jax_natten::columns_seen, "query_size"_a, "key_size"_a, "kernel_size"_a,
         "stride"_a, "dilation"_a, "is_causal"_a, "rows_are_keys"_a, "first"_a, "size"_a);
 }

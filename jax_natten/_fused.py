@@ -63,15 +63,27 @@ def _backward_avals(query, key, value, bias, frame, out, lse, *bars, config):
     return [same(query), same(key), same(value), same(bias)]
 
 
-def _backward_workspace(query, key, value, bias, frame, out, lse, *bars, platform):
-    """lse_bar - out_bar . out of every query, in the layout of lse, and the parts in which GPUs sum bias_bar."""
+def _backward_workspace(results, query, key, value, bias, frame, out, lse, *bars, platform):
+    """What kernels keep of their own.
+
+    On GPUs lse_bar - out_bar . out of every query, and the parts in which they sum bias_bar. On CPUs the sums of
+    key_bar and value_bar where their dtype is too narrow for them.
+    """
     rank = frame.shape[-1]
-    leading, offsets = bias.shape[: bias.ndim - rank], bias.shape[bias.ndim - rank :]
+    batch, leading, offsets = frame.shape[:-2], bias.shape[: bias.ndim - rank], bias.shape[bias.ndim - rank :]
+    on_gpu, (_, key_bar, value_bar, _) = platform == "cuda", results
     # Rounded up: at least 1, of a symbolic batch too.
-    parts = -(-TABLE_SUMS // max(math.prod(leading), 1)) if platform == "cuda" else 0
+    parts = -(-TABLE_SUMS // max(math.prod(leading), 1)) if on_gpu else 0
+    sums = 0 if on_gpu or key_bar.dtype == bias.dtype else 1
+
+    def keep(count, like):
+        return jax.ShapeDtypeStruct((*batch, count, *like.shape[len(batch) :]), bias.dtype)
+
     return (
-        jax.ShapeDtypeStruct(lse.shape, lse.dtype),
+        keep(int(on_gpu), lse),
         jax.ShapeDtypeStruct((*leading, parts, *offsets), bias.dtype),
+        keep(sums, key_bar),
+        keep(sums, value_bar),
     )
 
 

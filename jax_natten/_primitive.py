@@ -31,7 +31,7 @@ def define(
     reference: Callable,
     operands: Sequence[str],
     results: Sequence[str],
-    workspace: Callable = lambda *operands, platform: (),
+    workspace: Callable = lambda results, *operands, platform: (),
     kernel_operands: Callable = lambda *operands, config: operands,
 ) -> Primitive:
     """The outer primitive of operation `name`.
@@ -42,7 +42,7 @@ def define(
         `shaped`, which keeps its sharding and varying axes.
       reference: (*operands, config) -> list of results, in pure JAX.
       operands, results: layouts (see `_partitioning`); the first operand decides how batch and heads are sharded.
-      workspace: (*operands, platform) -> shapes and dtypes of further results that only the kernel uses.
+      workspace: (results, *operands, platform) -> shapes and dtypes of further results that only the kernel uses.
       kernel_operands: (*operands, config) -> the operands as the kernel takes them. Results that the kernel then
         gives in another shape are placeholders, and 0.
     """
@@ -65,7 +65,7 @@ def define(
         avals = abstract(*map(jax.typeof, xs), config=config)
         xs = kernel_operands(*xs, config=config)
         outs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in abstract(*map(jax.typeof, xs), config=config)]
-        call = jax.ffi.ffi_call(f"jax_natten_{name}", [*outs, *workspace(*xs, platform=platform)])
+        call = jax.ffi.ffi_call(f"jax_natten_{name}", [*outs, *workspace(outs, *xs, platform=platform)])
         results = call(*xs, **config.attributes())
         return [
             out if out.shape == aval.shape else jnp.zeros(aval.shape, aval.dtype)

@@ -16,6 +16,7 @@ Layouts: query `[*batch, heads, *spatial, dim]`, key and value alike with their 
 
 import functools
 
+import jax
 from jax.interpreters import ad
 
 from . import _reference as reference
@@ -57,6 +58,14 @@ def _inverse_avals(attn, x, frame, *, config):
     return [shaped(attn, shape, x.dtype, spec)]
 
 
+def _inverse_workspace(results, attn, x, frame, *, platform):
+    """On CPUs, the sums of the result where its dtype is too narrow for them."""
+    (out,) = results
+    batch, dtype = frame.shape[:-2], reference.accumulation_dtype(out.dtype)
+    sums = 0 if platform == "cuda" or out.dtype == dtype else 1
+    return (jax.ShapeDtypeStruct((*batch, sums, *out.shape[len(batch) :]), dtype),)
+
+
 def _spread_avals(table, frame, *, config):
     leading = table.ndim - config.window.rank
     shape = (*table.shape[:leading], *config.spatial, config.window.volume)
@@ -79,6 +88,7 @@ inverse_p = define(
     reference=reference.inverse,
     operands=(ATTN, QUERY, FRAME),
     results=(KEY,),
+    workspace=_inverse_workspace,
 )
 spread_p = define(
     "spread",

@@ -138,9 +138,7 @@ def visited(problem, rows_are_keys, shape, columns):
     """The pairs that all tiles of a shape visit."""
     each = [boxes_of_axis(axis, rows_are_keys, length) for axis, length in zip(problem, shape, strict=True)]
     volumes = reduce(np.multiply.outer, each)
-    rest = volumes % columns
-    least = 16 if prod(shape) <= 64 else columns  # of a last tile
-    return prod(shape) * int(np.sum(volumes - rest + np.where(rest > least, columns, np.minimum(rest, 1) * least)))
+    return prod(shape) * columns * int(np.sum(-(-volumes // columns)))
 
 
 def compare(problem, rows_are_keys, tokens, columns):

@@ -58,16 +58,15 @@ __global__ void __launch_bounds__(kThreads, (kDim * kRows <= 64 * 64) ? 3 : 2)
         load_numbers<kColumns>(shared.lse[buffer], rows_of(arrays.lse, sample), columns);
         load_numbers<kColumns>(shared.delta[buffer], rows_of(arrays.delta, sample), columns);
       },
-      [&](int buffer, int slot, bool is_rim, auto columns) {
-        constexpr int kTiles = decltype(columns)::value / 8;
-        Results<kBlocks, kTiles> s, ds;
+      [&](int buffer, int slot, bool is_rim) {
+        Results<kBlocks, kColumns / 8> s, ds;
         s.clear();
         ds.clear();
         multiply_rows<Element, kDim>(s, matrix, shared.k.left(row), shared.q[buffer].right());
         finish_logits(s, shared.plan, row, slot, is_rim, scale, table);
         multiply_rows<Element, kDim>(ds, matrix, shared.v.left(row), shared.ct[buffer].right());
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
+        for (int n = 0; n < kColumns / 8; ++n) {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             const float shift = weight_shift(shared.lse[buffer][column_of(n) + e]);

@@ -147,9 +147,8 @@ __global__ void __launch_bounds__(kThreads, (kDim * kRows <= 64 * 64) ? 3 : 2)
       [&](int buffer, int slot) {
         load_keys<Element, kDim, kRows>(shared, arrays, sample, dim, value_dim, buffer, slot);
       },
-      [&](int buffer, int slot, bool is_rim, auto columns) {
-        constexpr int kTiles = decltype(columns)::value / 8;
-        Results<kBlocks, kTiles> ds;
+      [&](int buffer, int slot, bool is_rim) {
+        Results<kBlocks, kColumns / 8> ds;
         find_ds(ds, shared, matrix, buffer, slot, is_rim, scale, table, shift);
         multiply_weights<Element, kDim>(dq, matrix, ds, shared.k[buffer].right_transposed());
       });

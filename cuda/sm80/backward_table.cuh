@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                           const __grid_constant__ Problem<kAxes> p,
                           const __grid_constant__ Tiling tiling, int copies) {
   using Shared = BackwardTableShared<Element, kDim>;
-  constexpr int kRows = Shared::kRows;
+  constexpr int kRows = Shared::kRows, kColumns = Shared::kColumns;
   Shared& shared = shared_memory<Shared>();
   const auto parts = static_cast<unsigned>(arrays.parts);
   const unsigned part = blockIdx.x % parts, head_number = blockIdx.x / parts;
@@ -62,13 +62,12 @@ __global__ void __launch_bounds__(kThreads, 2)
         [&](int buffer, int slot) {
           load_keys<Element, kDim, kRows>(shared, arrays, sample, dim, value_dim, buffer, slot);
         },
-        [&](int buffer, int slot, bool is_rim, auto columns) {
-          constexpr int kTiles = decltype(columns)::value / 8;
-          Results<1, kTiles> ds;
+        [&](int buffer, int slot, bool is_rim) {
+          Results<1, kColumns / 8> ds;
           find_ds<Element, kDim, kRows>(ds, shared, matrix, buffer, slot, is_rim, scale, table,
                                         shift);
 #pragma unroll
-          for (int n = 0; n < kTiles; ++n) {
+          for (int n = 0; n < kColumns / 8; ++n) {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
               *reinterpret_cast<float2*>(&shared.ds[row_of(first_row<1>(), 0, r)][column_of(n)]) = {
@@ -82,7 +81,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                 const int row = first_row<1>() + i;
                 const RowSpan span = shared.plan.span[row];
                 float* entry = copy + shared.plan.row_entry[row];
-                for (int c = lane(); c < kTiles * 8; c += kWarp) {
+                for (int c = lane(); c < kColumns; c += kWarp) {
                   if (sees(span, shared.plan.place[slot][c], shared.plan.list.guard)) {
                     entry[shared.plan.column_entry[slot][c]] += shared.ds[row][c];
                   }

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "cuda/sm80/tiling.h"
+#include "cpu/tiling.h"
 
 namespace jax_natten::sm80 {
 

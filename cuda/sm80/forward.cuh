@@ -93,9 +93,8 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 && kRows == 64 ? 4 : 2)
         load_rows<kDim, kColumns>(shared.k[buffer].x, k_rows, shared.plan.column[slot], dim);
         load_rows<kDim, kColumns>(shared.v[buffer].x, v_rows, shared.plan.column[slot], value_dim);
       },
-      [&](int buffer, int slot, bool is_rim, auto columns) {
-        constexpr int kTiles = decltype(columns)::value / 8;
-        Results<kBlocks, kTiles> s;
+      [&](int buffer, int slot, bool is_rim) {
+        Results<kBlocks, kColumns / 8> s;
         s.clear();
         multiply_rows<Element, kDim>(s, matrix, shared.q.left(row), shared.k[buffer].right());
         finish_logits(s, shared.plan, row, slot, is_rim, scale, table);

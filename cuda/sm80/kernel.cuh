@@ -5,20 +5,18 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <type_traits>
 
 #include "cuda/sm80/logits.cuh"
 #include "cuda/sm80/sm80.h"
 
 namespace jax_natten::sm80 {
 
-// Columns in a tile: `most`, or so many that two copies of `arrays` arrays fit in `bytes`, and as
-// many as a product has at least.
+// Columns in a tile: `most`, or so many that two copies of `arrays` arrays fit in `bytes`, and 16
+// at least.
 template <typename Element, int kDim>
 constexpr int columns_for(int arrays, int most = 64, int bytes = 72 * 1024) {
   int columns = most;
-  while (columns > kLeastColumns &&
-         2 * arrays * columns * LaneOffset<Element, kDim>::kRowBytes > bytes) {
+  while (columns > 16 && 2 * arrays * columns * LaneOffset<Element, kDim>::kRowBytes > bytes) {
     columns /= 2;
   }
   return columns;
@@ -58,16 +56,12 @@ __device__ inline const float* table_of(const Tensor<const float>& tables, int64
   return tables.data == nullptr ? nullptr : tables.head(sample, head).data;
 }
 
-template <int kValue>
-using Constant = std::integral_constant<int, kValue>;
-
 // Visits all tiles of columns: load(buffer, slot) starts to copy the tile that is planned in the
-// slot, while compute(buffer, slot, is_rim, Constant of its columns) works on the one before.
-// Copies begun earlier are there at the first compute. Warps may be a tile apart, so that a third
-// slot is planned while two are read.
-template <bool kHasStarts = false, int kRows, int kColumns, typename Load, typename Compute>
-__device__ void for_each_tile(Plan<kRows, kColumns>& plan, Load&& load, Compute&& compute) {
-  constexpr int kLeast = least_columns(kRows, kColumns);
+// slot, while compute(buffer, slot, is_rim) works on the one before. Copies begun earlier are there
+// at the first compute. Warps may be a tile apart, so that a third slot is planned while two are
+// read.
+template <bool kHasStarts = false, typename Plan, typename Load, typename Compute>
+__device__ void for_each_tile(Plan& plan, Load&& load, Compute&& compute) {
   const int tiles = plan.tiles();
   bool is_rim = __syncthreads_or(plan.template advance<kHasStarts>(0));
   if (tiles > 0) load(0, 0);
@@ -79,11 +73,7 @@ __device__ void for_each_tile(Plan<kRows, kColumns>& plan, Load&& load, Compute&
     const bool next_is_rim = __syncthreads_or(next);
     if (goes_on) load((i + 1) % 2, (i + 1) % kSlots);
     commit_copies();
-    if (kLeast < kColumns && plan.list.size - i * kColumns <= kLeast) {
-      compute(i % 2, i % kSlots, is_rim, Constant<kLeast>{});
-    } else {
-      compute(i % 2, i % kSlots, is_rim, Constant<kColumns>{});
-    }
+    compute(i % 2, i % kSlots, is_rim);
     is_rim = next_is_rim;
   }
   if (tiles > 0) return;
@@ -145,6 +135,9 @@ cudaError_t launch_tiles(cudaStream_t stream, void (*kernel)(Arrays, Problem<kAx
   const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(geometry::max(parts, 1)));
   return launch(stream, kernel, grid, bytes, arrays, problem, tiling);
 }
+
+template <int kValue>
+using Constant = std::integral_constant<int, kValue>;
 
 // run(Constant) with what rows of the length are padded to.
 template <typename Run>

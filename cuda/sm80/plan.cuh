@@ -6,9 +6,9 @@
 #include <climits>
 #include <cstdint>
 
+#include "cpu/tiling.h"
 #include "cuda/sm80/columns.cuh"
 #include "cuda/sm80/copy.cuh"
-#include "cuda/sm80/tiling.h"
 
 namespace jax_natten::sm80 {
 

@@ -53,9 +53,8 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
         load_rows<kDim, kColumns>(shared.dv[buffer].x, rows_of(arrays.dv, sample), columns,
                                   value_dim);
       },
-      [&](int buffer, int slot, bool is_rim, auto columns) {
-        constexpr int kTiles = decltype(columns)::value / 8;
-        Results<1, kTiles> s, ds;
+      [&](int buffer, int slot, bool is_rim) {
+        Results<1, kColumns / 8> s, ds;
         s.clear();
         ds.clear();
         const uint32_t q = shared.q.left(row), k = shared.k[buffer].right();
@@ -68,7 +67,7 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
           add_bias(ds, shared.plan, row, slot, table_tangent, 1);
         }
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
+        for (int n = 0; n < kColumns / 8; ++n) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             float& weight = s.x[0][n][i];

@@ -144,9 +144,8 @@ __global__ void __launch_bounds__(kThreads, 4)
       [&](int buffer, int slot) {
         load_rows<kDim, kColumns>(shared.key[buffer].x, keys, shared.plan.column[slot], dim);
       },
-      [&](int buffer, int slot, bool, auto columns) {
-        constexpr int kTiles = decltype(columns)::value / 8;
-        Results<1, kTiles> s;
+      [&](int buffer, int slot, bool) {
+        Results<1, kColumns / 8> s;
         s.clear();
         multiply_rows<Element, kDim>(s, matrix, shared.query.left(row), shared.key[buffer].right());
         for_each_pair<Side::kQueries>(s, shared.plan, slot, slots, [&](float product, int at) {
@@ -194,9 +193,8 @@ __device__ void sum_weighted(WeightedShared<Element, kDim>& shared, const Tensor
         load_rows<kDim, kColumns>(shared.x[buffer].x, rows_of(x, sample), shared.plan.column[slot],
                                   length);
       },
-      [&](int buffer, int slot, bool, auto columns) {
-        constexpr int kTiles = decltype(columns)::value / 8;
-        Results<1, kTiles> w;
+      [&](int buffer, int slot, bool) {
+        Results<1, kColumns / 8> w;
         w.clear();
         for_each_pair<kSide>(w, shared.plan, slot, slots,
                              [&](float& weight, auto at) { weight = device::widen(weights[at]); });

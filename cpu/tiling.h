@@ -9,7 +9,7 @@
 
 #include "cpu/problem.h"
 
-namespace jax_natten::sm80 {
+namespace jax_natten {
 
 // What the rows of a tile of logits are; the columns are the other.
 enum class Side { kQueries, kKeys };
@@ -147,21 +147,6 @@ AxisTiles tiles_along(const Problem<kAxes>& problem, int axis, int64_t size) {
 
 inline constexpr int kMostLogSize = 7;  // tiles have up to 128 tokens
 
-// What two operands of a product hold.
-inline constexpr int kLeastColumns = 16;
-
-// The columns of a last tile where that is enough. Tiles of more rows are for large windows, where
-// it would gain little, and take all registers.
-constexpr JAX_NATTEN_HOST_DEVICE int least_columns(int rows, int columns) {
-  return rows <= 64 ? kLeastColumns : columns;
-}
-
-// The columns that a tile of rows visits, `unit` at a time, if it sees so many.
-constexpr int64_t visited_columns(int64_t columns, int64_t unit, int64_t least) {
-  const int64_t rest = columns % unit;
-  return columns - rest + (rest == 0 ? 0 : rest <= least ? least : unit);
-}
-
 // Tiles of so many tokens that visit the fewest pairs, columns taken `unit` at a time. Both are
 // powers of two.
 template <Side kRows>
@@ -193,8 +178,7 @@ Tiling choose_tiling(const Problem<kAxes>& problem, int rank, int tokens, int un
         for (int a = 0, at = i; a < kAxes; ++a, at = at * kNext % AxisTiles::kSome) {
           columns *= axes[a]->seen[at];
         }
-        tiling.pairs +=
-            static_cast<double>(visited_columns(columns, unit, least_columns(tokens, unit)));
+        tiling.pairs += static_cast<double>((columns + unit - 1) & -int64_t{unit});
       }
       tiling.pairs *=
           static_cast<double>(tiles_of_head<kRows>(problem, tiling) * tokens) / AxisTiles::kSome;
@@ -211,4 +195,4 @@ int64_t tile_count(const Problem<kAxes>& problem, const Tiling& tiling) {
   return problem.samples * row_heads<kRows>(problem) * tiles_of_head<kRows>(problem, tiling);
 }
 
-}  // namespace jax_natten::sm80
+}  // namespace jax_natten

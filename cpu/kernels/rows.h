@@ -1,0 +1,222 @@
+// Rows of arrays as the products take them: in the accumulation type and in panels of channels,
+// each panel's rows one after the other, padded with zeros.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "cpu/kernels/simd.h"
+#include "cpu/number.h"
+#include "cpu/problem.h"
+#include "cpu/tile.h"
+
+namespace jax_natten::JAX_NATTEN_TARGET {
+
+inline constexpr int kPanel = 32;  // channels
+
+JAX_NATTEN_INLINE int64_t panels(int64_t channels) { return (channels + kPanel - 1) / kPanel; }
+
+// Rows in panels.
+template <typename Sum>
+struct Rows {
+  Sum* data;
+  int64_t channels;
+  int64_t panel;  // from a panel to the next
+
+  Sum* row(int64_t index) const { return data + index * kPanel; }
+  int64_t size() const { return panels(channels) * panel; }
+};
+
+template <typename Sum>
+Rows<Sum> make_rows(Parts& parts, int64_t rows, int64_t channels) {
+  const int64_t panel = rows * kPanel;
+  return {parts.of<Sum>(panels(channels) * panel), channels, panel};
+}
+
+template <typename Sum>
+JAX_NATTEN_INLINE void clear(const Rows<Sum>& rows) {
+  std::fill_n(rows.data, rows.size(), Sum{0});
+}
+
+template <typename Sum>
+JAX_NATTEN_INLINE void clear_row(const Rows<Sum>& rows, int64_t index) {
+  Sum* to = rows.row(index);
+  for (int64_t p = 0; p < panels(rows.channels); ++p, to += rows.panel) {
+    for (int c = 0; c < kPanel; ++c) to[c] = 0;
+  }
+}
+
+// Whether all entries are.
+template <typename Sum>
+bool is_finite(const Rows<Sum>& rows) {
+  Vector<Sum> zeros{};
+  for (int64_t i = 0; i < rows.size(); i += kWidth<Sum>) zeros += load(rows.data + i) * Sum{0};
+  Sum sum = 0;
+  for (int l = 0; l < kWidth<Sum>; ++l) sum += zeros[l];
+  return sum == 0;
+}
+
+// Fetches a row ahead of its use, to be written where kWrites is 1. The address may be any.
+template <int kWrites, typename Element>
+JAX_NATTEN_INLINE void prefetch_row(const Element* row, int64_t channels) {
+  constexpr int64_t kLine = 64 / sizeof(Element);
+  for (int64_t c = 0; c < channels; c += kLine) __builtin_prefetch(row + c, kWrites);
+}
+
+// The rows of a tile's queries.
+template <int kWrites, typename Head>
+void prefetch_queries(const Head& from, const Tile& tile, int64_t channels) {
+  for (int64_t token : tile.token) prefetch_row<kWrites>(from.row(token), channels);
+}
+
+// row = scale * from
+template <typename Element, typename Sum>
+JAX_NATTEN_INLINE void pack_row(const Rows<Sum>& rows, int64_t index, const Element* from,
+                                Sum scale) {
+  Sum* to = rows.row(index);
+  int64_t left = rows.channels;
+  for (; left >= kPanel; left -= kPanel, from += kPanel, to += rows.panel) {
+    for (int c = 0; c < kPanel; ++c) to[c] = scale * widen(from[c]);
+  }
+  if (left > 0) {
+    for (int64_t c = 0; c < left; ++c) to[c] = scale * widen(from[c]);
+    for (int64_t c = left; c < kPanel; ++c) to[c] = 0;
+  }
+}
+
+// to = scale * row
+template <typename Element, typename Sum>
+JAX_NATTEN_INLINE void unpack_row(Element* to, const Rows<Sum>& rows, int64_t index, Sum scale) {
+  const Sum* from = rows.row(index);
+  int64_t left = rows.channels;
+  for (; left >= kPanel; left -= kPanel, from += rows.panel, to += kPanel) {
+    for (int c = 0; c < kPanel; ++c) to[c] = narrow(scale * from[c], Element{});
+  }
+  for (int64_t c = 0; c < left; ++c) to[c] = narrow(scale * from[c], Element{});
+}
+
+// to += scale * row
+template <typename Sum>
+JAX_NATTEN_INLINE void add_row(Sum* to, const Rows<Sum>& rows, int64_t index, Sum scale) {
+  const Sum* from = rows.row(index);
+  int64_t left = rows.channels;
+  for (; left >= kPanel; left -= kPanel, from += rows.panel, to += kPanel) {
+    for (int c = 0; c < kPanel; ++c) to[c] += scale * from[c];
+  }
+  for (int64_t c = 0; c < left; ++c) to[c] += scale * from[c];
+}
+
+// Packs rows of keys, head after head, while tiles need them, and fetches those ahead meanwhile.
+template <typename Element, typename Sum>
+class KeyStream {
+ public:
+  KeyStream(const BlockView& block, const Place& place)
+      : tokens_(block.key_tokens()),
+        size_(block.keys()),
+        share_(size_ / std::max<int64_t>(2 * block.tiles(), 1) + 1),
+        place_(place),
+        head_(place.heads_kv.begin - 1) {}
+
+  void add(const Rows<Sum>& rows, const Tensor<const Element>& from) {
+    arrays_[count_++] = {rows, from};
+  }
+
+  void next_head() {
+    ++head_;
+    packed_ = 0;
+    fetched_ = std::max<int64_t>(fetched_ - size_, 0);
+  }
+
+  // Packs all that precede the end of a tile's box.
+  void pack(int64_t end) {
+    for (int a = 0; a < count_; ++a) {
+      const Rows<Sum>& rows = arrays_[a].rows;
+      const auto from = arrays_[a].from.head(place_.sample, head_);
+      for (int64_t i = packed_; i < end; ++i) {
+        const int64_t ahead = std::min(i + kAhead, size_ - 1);
+        if (ahead >= fetched_) prefetch_row<0>(from.row(tokens_[ahead]), rows.channels);
+        pack_row(rows, i, from.row(tokens_[i]), Sum{1});
+      }
+    }
+    packed_ = std::max(packed_, end);
+    fetched_ = std::max(fetched_, std::min(end + kAhead, size_));
+  }
+
+  // Half of a tile's share of what is ahead, also in the next head: as many rows as the processor
+  // fetches at a time.
+  void fetch_some() {
+    const int64_t end = std::min(fetched_ + share_, 2 * size_);
+    for (; fetched_ < end; ++fetched_) {
+      const bool is_next = fetched_ >= size_;
+      if (is_next && head_ + 1 == place_.heads_kv.end) return;
+      for (int a = 0; a < count_; ++a) {
+        const auto from = arrays_[a].from.head(place_.sample, head_ + (is_next ? 1 : 0));
+        prefetch_row<0>(from.row(tokens_[is_next ? fetched_ - size_ : fetched_]),
+                        arrays_[a].rows.channels);
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kAhead = 48;
+
+  struct Array {
+    Rows<Sum> rows;
+    Tensor<const Element> from;
+  };
+
+  const std::vector<int64_t>& tokens_;
+  const int64_t size_;
+  const int64_t share_;
+  const Place& place_;
+  int64_t head_;
+  Array arrays_[4];
+  int count_ = 0;
+  int64_t packed_ = 0;
+  int64_t fetched_ = 0;  // of this head and the next
+};
+
+// The queries of a tile that see a key, the others as zeros: whatever they hold never matters.
+template <typename Element, typename Sum>
+void pack_queries(const Rows<Sum>& rows, const Tile& tile, const bool (&sees)[kTileQueries],
+                  const typename Tensor<const Element>::Head& from, Sum scale) {
+  for (int l = 0; l < kTileQueries; ++l) {
+    if (sees[l]) {
+      pack_row(rows, l, from.row(tile.token[l]), scale);
+    } else {
+      clear_row(rows, l);
+    }
+  }
+}
+
+// A tile's queries, scaled one by one, to their rows.
+template <typename Element, typename Sum>
+void unpack_queries(const typename Tensor<Element>::Head& to, const Tile& tile,
+                    const Rows<Sum>& rows, const Sum* scale) {
+  for (int l = 0; l < kTileQueries; ++l) {
+    if (tile.token[l] >= 0) unpack_row(to.row(tile.token[l]), rows, l, scale[l]);
+  }
+}
+
+// A tile's rows with the queries as lanes: channel after channel, panel after panel.
+template <typename Sum>
+void transpose_queries(Sum* to, const Rows<Sum>& rows) {
+  constexpr int kLanes = kWidth<Sum>;
+  for (int64_t p = 0; p < panels(rows.channels); ++p) {
+    for (int first = 0; first < kTileQueries; first += kLanes) {
+      for (int c = 0; c < kPanel; c += kLanes) {
+        Vector<Sum> block[kLanes];
+        const Sum* from = rows.row(first) + p * rows.panel + c;
+        JAX_NATTEN_UNROLL
+        for (int l = 0; l < kLanes; ++l) block[l] = load(from + l * kPanel);
+        transpose<Sum>(block);
+        Sum* into = to + (p * kPanel + c) * kTileQueries + first;
+        JAX_NATTEN_UNROLL
+        for (int l = 0; l < kLanes; ++l) store(into + l * kTileQueries, block[l]);
+      }
+    }
+  }
+}
+
+}  // namespace jax_natten::JAX_NATTEN_TARGET
