@@ -64,7 +64,7 @@ const Window kWindows[] = {
      {0, 0},
      {0, 0},
      {},
-     2,
+     1,
      1,
      true},
     {"3d",
@@ -268,6 +268,10 @@ void run_fused(const Runner& runner) {
   const Sizes outs = rows(w.heads, runner.dims.value_dim);
   const Sizes tokens = concatenate({kSamples}, w.spatial, {w.heads});
   const Sizes tables = concatenate({kSamples, w.heads}, w.biases(), {});
+  // Sums that only CPU kernels keep.
+  const auto none = [&](int64_t heads, int64_t dim) {
+    return concatenate({kSamples, 0}, w.spatial, {heads, dim});
+  };
   const double scale = 1 / std::sqrt(static_cast<double>(runner.dims.dim));
 
   const Array frame = frames(w);
@@ -294,15 +298,17 @@ void run_fused(const Runner& runner) {
   const auto k_grad = Array::uninitialized<Element>(keys);
   const auto v_grad = Array::uninitialized<Element>(values);
   const auto bias_grad = Array::uninitialized<Sum>(tables);
-  const auto delta = Array::uninitialized<Sum>(tokens);
+  const auto delta = Array::uninitialized<Sum>(concatenate({kSamples, 1}, w.spatial, {w.heads}));
   const auto parts =
       Array::uninitialized<Sum>(concatenate({kSamples, w.heads, kParts}, w.biases(), {}));
+  const auto k_sums = Array::uninitialized<Sum>(none(w.heads_kv, runner.dims.dim));
+  const auto v_sums = Array::uninitialized<Sum>(none(w.heads_kv, runner.dims.value_dim));
   runner.run<Element>(
       {"backward", {&q_grad, &k_grad, &v_grad, &bias_grad, &delta}, {&parts}},
       BackwardBuffers{q.buffer(), k.buffer(), v.buffer(), bias.buffer(), frame.buffer(),
                       out.buffer(), lse.buffer(), ct_out.buffer(), ct_lse.buffer(), q_grad.buffer(),
                       k_grad.buffer(), v_grad.buffer(), bias_grad.buffer(), delta.buffer(),
-                      parts.buffer()},
+                      parts.buffer(), k_sums.buffer(), v_sums.buffer()},
       scale);
 }
 
@@ -323,13 +329,16 @@ void run_unfused(const Runner& runner) {
   const auto out = Array::uninitialized<Element>(rows(w.heads, runner.dims.value_dim));
   const auto x = Array::random<Element>(rows(w.heads, runner.dims.value_dim));
   const auto sums = Array::uninitialized<Element>(rows(w.heads_kv, runner.dims.value_dim));
+  const auto no_sums = Array::uninitialized<Accumulator<Element>>(
+      concatenate({kSamples, 0, w.heads_kv}, w.spatial, {runner.dims.value_dim}));
   runner.run<Element>({"qk", {&attn}, {}},
                       QkBuffers{query.buffer(), key.buffer(), frame.buffer(), attn.buffer()}, 1);
   runner.run<Element>({"av", {&out}, {}},
                       AvBuffers{weights.buffer(), value.buffer(), frame.buffer(), out.buffer()}, 1);
-  runner.run<Element>({"inverse", {&sums}, {}},
-                      InverseBuffers{weights.buffer(), x.buffer(), frame.buffer(), sums.buffer()},
-                      1);
+  runner.run<Element>(
+      {"inverse", {&sums}, {}},
+      InverseBuffers{weights.buffer(), x.buffer(), frame.buffer(), sums.buffer(), no_sums.buffer()},
+      1);
   if (!w.has_bias) return;
   const Sizes tables = concatenate({kSamples, w.heads}, w.biases(), {});
   const auto table = Array::random<Element>(tables);
