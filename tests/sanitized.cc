@@ -67,6 +67,30 @@ const Window kWindows[] = {
      1,
      1,
      true},
+    {"2d without biases",
+     {{32, 32}, {64, 64}, {96, 96}, {128, 128}, {192, 192}, {256, 256}},
+     {19, 18},
+     {6, 7},
+     {1, 2},
+     {1, 2},
+     {0, 1},
+     {0, 0},
+     {{19, 18}, {11, 5}},
+     2,
+     1,
+     false},
+    {"1d of tiles seen whole",
+     {{64, 64}, {128, 128}},
+     {420},
+     {400},
+     {1},
+     {1},
+     {0},
+     {0},
+     {},
+     1,
+     1,
+     false},
     {"3d",
      kDims,
      {6, 4, 5},
@@ -230,6 +254,9 @@ struct Runner {
   // read what they leave.
   template <template <typename, int> class Operands, typename Element, int Rank>
   void run_all(const Call& call, const Operands<Element, Rank>& operands) const {
+    if constexpr (kHasSm90<Operands> && sizeof(Element) == 2) {
+      run_on<sm90::Operation<Operands, Element>>("sm90", call, operands);
+    }
     if constexpr (kHasSm80<Operands> && !std::is_same_v<Element, double>) {
       run_on<sm80::Operation<Operands, Element>>("sm80", call, operands);
     }
