@@ -1,5 +1,5 @@
 // The Python module jax_natten._cpu: the FFI handlers as capsules, the FFI version that they were
-// built with, and the geometry of one axis for tests.
+// built with, the instruction sets that they serve, and the geometry of one axis for tests.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -7,7 +7,9 @@
 #include <array>
 #include <cstdint>
 #include <string>
+#include <vector>
 
+#include "cpu/blocks.h"
 #include "cpu/geometry.h"
 #include "cpu/registrations.h"
 #include "cpu/targets.h"
@@ -65,6 +67,35 @@ nb::list queries_of_keys(int64_t kernel_size, int64_t stride, int64_t dilation, 
   return result;
 }
 
+template <int Rank>
+double visited_pairs_of(const std::vector<int64_t>& spatial,
+                        const std::vector<int64_t>& kernel_size, int64_t dilation) {
+  Problem<Rank> problem{};
+  for (int a = 0; a < Rank; ++a) {
+    problem.window[a] = {kernel_size[a], 1, dilation, false};
+    problem.query_shape[a] = problem.key_shape[a] = spatial[a];
+  }
+  problem.samples = problem.heads = problem.heads_kv = 1;
+  return choose_blocks(in_three_axes(problem), Rank, 1).tiling.pairs;
+}
+
+// Pairs of a query and a key whose logits the kernels compute for one head, those that don't see
+// each other included.
+double visited_pairs(const std::vector<int64_t>& spatial, const std::vector<int64_t>& kernel_size,
+                     int64_t dilation) {
+  if (kernel_size.size() != spatial.size()) throw nb::value_error("need an entry for each axis");
+  switch (spatial.size()) {
+    case 1:
+      return visited_pairs_of<1>(spatial, kernel_size, dilation);
+    case 2:
+      return visited_pairs_of<2>(spatial, kernel_size, dilation);
+    case 3:
+      return visited_pairs_of<3>(spatial, kernel_size, dilation);
+    default:
+      throw nb::value_error("need one to three axes");
+  }
+}
+
 }  // namespace
 }  // namespace jax_natten
 
@@ -74,6 +105,7 @@ NB_MODULE(_cpu, m) {
   const std::string target = jax_natten::name_of(jax_natten::target());
   m.def("target", [target] { return target; });
   m.def("available_targets", &jax_natten::available_targets);
+  m.def("visited_pairs", &jax_natten::visited_pairs, "spatial"_a, "kernel_size"_a, "dilation"_a);
   m.def("keys_of_queries", &jax_natten::keys_of_queries, "kernel_size"_a, "stride"_a, "dilation"_a,
         "is_causal"_a, "frame"_a, "query_size"_a, "key_size"_a);
   m.def("queries_of_keys", &jax_natten::queries_of_keys, "kernel_size"_a, "stride"_a, "dilation"_a,

@@ -8,13 +8,13 @@
 // frame excludes it. All sums are in Accumulator<Element>.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "cpu/number.h"
 #include "cpu/operands.h"
 #include "cpu/parallel.h"
 #include "cpu/problem.h"
-#include "cpu/vector.h"
 
 namespace jax_natten {
 
@@ -29,7 +29,7 @@ void spread_tokens(const SpreadOperands<Element, Rank>& op, int64_t sample_index
   const auto attns = op.attn.head(sample_index, head);
   for (int64_t i = begin; i < end; ++i) {
     Element* attn = attns.row(i);
-    fill_row(attn, Element{}, problem.slots());
+    std::fill_n(attn, problem.slots(), Element{});
     sample.keys_of(i).for_each_run([&](const Run<Rank>& run) {
       for (int64_t m = 0; m < run.count; ++m) {
         attn[run.slot + m] = table[run.bias + m * run.bias_step];
@@ -55,7 +55,8 @@ void collect_tokens(const CollectOperands<Element, Rank>& op, int64_t sample_ind
       }
     });
   }
-  store_scaled(op.table.head(sample_index, head).data, Sum{1}, table.data(), problem.biases());
+  Element* result = op.table.head(sample_index, head).data;
+  for (const Sum& sum : table) *result++ = narrow(sum, Element{});
 }
 
 }  // namespace tables

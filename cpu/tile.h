@@ -172,6 +172,8 @@ struct Tile {
   int at[kAxes];                // its number along each axis
   int box[kAxes];               // begin of its box
   int64_t token[kTileQueries];  // row-major number of the query, -1 outside the array
+
+  bool is_first() const { return at[0] == 0 && at[1] == 0 && at[2] == 0; }
 };
 
 // A block of queries and the box of keys that they see, of one sample.
@@ -240,8 +242,9 @@ class BlockView {
   // Row-major numbers of the keys in their array, in the order of the box.
   const std::vector<int64_t>& key_tokens() const { return key_tokens_; }
 
-  // Calls visit(tile, next tile, shape, is_new) for every tile with a query in the array. Tiles of
-  // equal shape follow each other, and `is_new` tells the first of them.
+  // Calls visit(tile, next tile, shape, is_new) for every tile with a query in the array; after the
+  // last the first is next, perhaps of another head. Tiles of equal shape follow each other, and
+  // `is_new` tells the first of them.
   template <typename Visit>
   void for_each_tile(Visit&& visit) const {
     Shape shape{};
@@ -252,7 +255,7 @@ class BlockView {
     find(tiles[0], 0);
     for (int64_t n = 0; n < count; ++n) {
       const Tile &tile = tiles[n % 2], &next = tiles[(n + 1) % 2];
-      find(tiles[(n + 1) % 2], std::min(n + 1, count - 1));
+      find(tiles[(n + 1) % 2], (n + 1) % count);
       bool is_new = false;
       for (int a = 0; a < kAxes; ++a) {
         is_new = is_new || shape.pattern[a] != axis_[a].tiles[tile.at[a]].pattern;

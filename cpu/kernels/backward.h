@@ -140,7 +140,7 @@ class BackwardBlock {
                 const Shape& shape, int64_t head) const {
     const Memory& m = memory_;
     const auto fetch = [&](const Tensor<const Element>& from, int64_t channels) {
-      prefetch_queries<0>(from.head(place_.sample, head), next, channels);
+      prefetch_queries<0>(from, place_.sample, head, next, channels);
     };
     const auto lses = call_.lse.head(place_.sample, head);
     const auto ct_lses = call_.ct_lse.head(place_.sample, head);
@@ -184,7 +184,7 @@ class BackwardBlock {
     unpack_queries<Element>(call_.dq.head(place_.sample, head), tile, m.query_sums, scales);
     spread(Keys<Sum>(m.value_sums, block_, tile), m.weights, m.ct_outs, shape);
     stream.fetch_some();
-    prefetch_queries<1>(call_.dq.head(place_.sample, head), next, problem_.dim);
+    prefetch_queries<1>(call_.dq, place_.sample, head, next, problem_.dim);
     spread(Keys<Sum>(m.key_sums, block_, tile), m.gradients, m.queries, shape);
   }
 

@@ -73,7 +73,7 @@ void forward_block(const Call<ForwardArrays<Element>>& call, const Blocks& block
       stream.pack(block.end_of(tile));
       pack_queries<Element>(m.queries, tile, shape.sees, queries, scale);
       transpose_queries(m.transposed, m.queries);
-      prefetch_queries<0>(queries, next, problem.dim);
+      prefetch_queries<0>(call.q, place.sample, head, next, problem.dim);
       if (call.has_bias() && is_new) {
         const Sum* table = call.bias.head(place.sample, head).data;
         read_bias(m.bias, table, shape, problem, kLog2E<Sum>);
@@ -85,7 +85,7 @@ void forward_block(const Call<ForwardArrays<Element>>& call, const Blocks& block
       stream.fetch_some();
       combine(m.outs, m.logits, Keys<Sum>(m.values, block, tile), shape);
       unpack_queries<Element>(outs, tile, m.outs, m.factors);
-      prefetch_queries<1>(outs, next, problem.value_dim);
+      prefetch_queries<1>(call.out, place.sample, head, next, problem.value_dim);
       for (int l = 0; l < kTileQueries; ++l) {
         if (tile.token[l] >= 0) *lses.row(tile.token[l]) = m.lse[l];
       }

@@ -64,10 +64,12 @@ JAX_NATTEN_INLINE void prefetch_row(const Element* row, int64_t channels) {
   for (int64_t c = 0; c < channels; c += kLine) __builtin_prefetch(row + c, kWrites);
 }
 
-// The rows of a tile's queries.
-template <int kWrites, typename Head>
-void prefetch_queries(const Head& from, const Tile& tile, int64_t channels) {
-  for (int64_t token : tile.token) prefetch_row<kWrites>(from.row(token), channels);
+// The rows of the next tile's queries, which after a head's last tile are those of the head after.
+template <int kWrites, typename T>
+void prefetch_queries(const Tensor<T>& from, int64_t sample, int64_t head, const Tile& next,
+                      int64_t channels) {
+  const auto rows = from.head(sample, head + (next.is_first() ? 1 : 0));
+  for (int64_t token : next.token) prefetch_row<kWrites>(rows.row(token), channels);
 }
 
 // row = scale * from
