@@ -14,6 +14,7 @@ pairs that tiles visit, at the ceiling, and an exponential each. Peers are what 
 
 import argparse
 import ctypes
+import functools
 import json
 import math
 import os
@@ -87,7 +88,7 @@ def seconds(function: Callable, *args, repeats: int) -> float:
 def matmul_rate(repeats: int, size: int = 2048) -> float:
     """GFLOP/s of a float32 matrix product with this process's instruction set."""
     a, b = arrays((size, size), 2)
-    if "OPENBLAS_CORETYPE" in os.environ:
+    if os.environ.get("JAX_NATTEN_CPU_TARGET") in CORES:
         a, b = np.asarray(a), np.asarray(b)
         return 2 * size**3 / seconds(np.matmul, a, b, repeats=repeats) / 1e9
     return 2 * size**3 / seconds(jax.jit(jnp.matmul), a, b, repeats=repeats) / 1e9
@@ -125,7 +126,7 @@ def fused_rates(case: Case, dtype: str, repeats: int) -> dict[str, float]:
 def unfused_rates(case: Case, repeats: int) -> dict[str, float]:
     """The same of the unfused products and of their transpose, whose work is half of forward's."""
     query, key = (jnp.moveaxis(x, -2, 1) for x in arrays(case.shape, 2))
-    qk, av = (jax.jit(lambda a, b, f=case.operation(f"_{name}"): f(a, b, **case.window)) for name in ("qk", "av"))
+    qk, av = (jax.jit(functools.partial(case.operation(name), **case.window)) for name in ("_qk", "_av"))
     attn = jax.block_until_ready(qk(query, key))
     _, pull = jax.vjp(lambda value: av(attn, value), key)
     useful = jn.flops(case.shape, **case.window).forward / 2

@@ -11,7 +11,7 @@ namespace {
 
 bool is_available(Target target) {
   switch (target) {
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef JAX_NATTEN_X86_TARGETS
     case Target::avx2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     case Target::avx512:

@@ -10,7 +10,7 @@
 #include "cpu/call.h"
 #include "cpu/parallel.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef JAX_NATTEN_X86_TARGETS
 #define JAX_NATTEN_TARGETS(X) X(baseline) X(avx2) X(avx512)
 #else
 #define JAX_NATTEN_TARGETS(X) X(baseline)

@@ -1,7 +1,7 @@
-// The kernels for avx2.
+// The kernels for processors with AVX2 and FMA.
 #include "cpu/kernels/common.h"
 
-#pragma GCC target("avx2,fma,bmi2,f16c")
+#pragma GCC target("avx2,fma")
 
 #define JAX_NATTEN_TARGET avx2
 #define JAX_NATTEN_VECTOR_BYTES 32

@@ -1,7 +1,7 @@
-// The kernels for avx512.
+// The kernels for processors with AVX-512.
 #include "cpu/kernels/common.h"
 
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,f16c,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 
 #define JAX_NATTEN_TARGET avx512
 #define JAX_NATTEN_VECTOR_BYTES 64
