@@ -24,6 +24,7 @@ hopper = [
         "not any(getattr(device, 'compute_capability', '') == '9.0' for device in __import__('jax').devices())",
         reason="needs a Hopper GPU",
     ),
+    pytest.mark.skipif("not serves(Problem(spatial=(64,), kernel_size=3, dim=64))", reason="not built for Hopper"),
 ]
 
 
@@ -47,7 +48,7 @@ def serves(problem: Problem) -> bool:
 # ---- what is served
 
 
-@pytest.mark.skipif("not serves(Problem(spatial=(64,), kernel_size=3, dim=64))", reason="not built for Hopper")
+@hopper[-1]
 def test_what_is_served():
     plain = Problem(spatial=(64, 64), kernel_size=7, dim=64)
     assert all(serves(replace(plain, dim=dim)) for dim in (32, 64, 96, 128, 192, 256))
