@@ -38,14 +38,14 @@ inline constexpr bool kHasSm90<ForwardOperands> = true;
 template <template <typename, int> class Operands, typename Element, int Rank>
 cudaError_t dispatch(cudaStream_t stream, const Operands<Element, Rank>& operands) {
   if constexpr (kHasSm90<Operands> && sizeof(Element) == 2) {
-    const cudaError_t error = sm90::Operation<Operands, Element>::run(stream, operands);
+    const cudaError_t error = sm90::run(stream, operands);
     if (error != sm90::kNotServed) return error;
   }
   if constexpr (kHasSm80<Operands> && !std::is_same_v<Element, double>) {
-    const cudaError_t error = sm80::Operation<Operands, Element>::run(stream, operands);
+    const cudaError_t error = sm80::run(stream, operands);
     if (error != sm80::kNotServed) return error;
   }
-  return naive::Operation<Operands, Element>::run(stream, operands);
+  return naive::run(stream, operands);
 }
 
 }  // namespace jax_natten

@@ -230,13 +230,14 @@ struct Runner {
   bool& failed;
 
   // One operation on one set of kernels, where it serves the problem.
-  template <typename Operation, typename Operands>
-  void run_on(const char* kernels, const Call& call, const Operands& operands) const {
+  template <typename Operands>
+  void run_on(const char* kernels, cudaError_t (*run)(cudaStream_t, const Operands&),
+              const Call& call, const Operands& operands) const {
     if (poisons) {
       for (const Array* array : call.results) array->poison();
       for (const Array* array : call.workspace) array->poison();
     }
-    const cudaError_t error = Operation::run(nullptr, operands);
+    const cudaError_t error = run(nullptr, operands);
     if (error == cudaErrorNotSupported) return;
     check(error);
     check(cudaDeviceSynchronize());
@@ -255,12 +256,12 @@ struct Runner {
   template <template <typename, int> class Operands, typename Element, int Rank>
   void run_all(const Call& call, const Operands<Element, Rank>& operands) const {
     if constexpr (kHasSm90<Operands> && sizeof(Element) == 2) {
-      run_on<sm90::Operation<Operands, Element>>("sm90", call, operands);
+      run_on<Operands<Element, Rank>>("sm90", sm90::run, call, operands);
     }
     if constexpr (kHasSm80<Operands> && !std::is_same_v<Element, double>) {
-      run_on<sm80::Operation<Operands, Element>>("sm80", call, operands);
+      run_on<Operands<Element, Rank>>("sm80", sm80::run, call, operands);
     }
-    run_on<naive::Operation<Operands, Element>>("naive", call, operands);
+    run_on<Operands<Element, Rank>>("naive", naive::run, call, operands);
   }
 
   template <typename Element, typename Buffers>

@@ -10,12 +10,8 @@
 
 namespace jax_natten::naive {
 
-// One operation, given by its operands' template, on one element type; all ranks.
-template <template <typename, int> class Operands, typename Element>
-struct Operation {
-  static cudaError_t run(cudaStream_t, const Operands<Element, 1>&);
-  static cudaError_t run(cudaStream_t, const Operands<Element, 2>&);
-  static cudaError_t run(cudaStream_t, const Operands<Element, 3>&);
-};
+// Launches an operation, which its operands tell.
+template <template <typename, int> class Operands, typename Element, int Rank>
+cudaError_t run(cudaStream_t stream, const Operands<Element, Rank>& operands);
 
 }  // namespace jax_natten::naive

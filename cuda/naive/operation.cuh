@@ -1,4 +1,4 @@
-// Defines Operation: the launch of an operation's kernels for every rank.
+// Defines run: the launch of an operation's kernels.
 #pragma once
 
 #include "cuda/naive/fused.cuh"
@@ -6,21 +6,8 @@
 
 namespace jax_natten::naive {
 
-template <template <typename, int> class Operands, typename Element>
-cudaError_t Operation<Operands, Element>::run(cudaStream_t stream,
-                                              const Operands<Element, 1>& operands) {
-  return run_operation(stream, operands);
-}
-
-template <template <typename, int> class Operands, typename Element>
-cudaError_t Operation<Operands, Element>::run(cudaStream_t stream,
-                                              const Operands<Element, 2>& operands) {
-  return run_operation(stream, operands);
-}
-
-template <template <typename, int> class Operands, typename Element>
-cudaError_t Operation<Operands, Element>::run(cudaStream_t stream,
-                                              const Operands<Element, 3>& operands) {
+template <template <typename, int> class Operands, typename Element, int Rank>
+cudaError_t run(cudaStream_t stream, const Operands<Element, Rank>& operands) {
   return run_operation(stream, operands);
 }
 

@@ -1,4 +1,4 @@
-// Defines Operation: the choice of an operation's kernel and its launch.
+// Defines run: the choice of an operation's kernel, and its launch.
 #pragma once
 
 #include <type_traits>
@@ -14,10 +14,11 @@ namespace jax_natten::sm80 {
 // in vain, win where tiles have so many times more pairs than there are.
 inline constexpr int64_t kMostInVain = 4;
 
-template <typename Arrays>
-bool is_worthwhile(const Problem<kAxes>& problem, int rank, const Arrays&) {
-  if (!std::is_base_of_v<FusedArrays<float>, Arrays> && !std::is_same_v<QkArrays<float>, Arrays> &&
-      !std::is_same_v<AvArrays<float>, Arrays>) {
+template <typename Operands>
+bool is_worthwhile(const Problem<kAxes>& problem, int rank, const Operands&) {
+  if (!std::is_base_of_v<FusedArrays<float>, Operands> &&
+      !std::is_base_of_v<QkArrays<float>, Operands> &&
+      !std::is_base_of_v<AvArrays<float>, Operands>) {
     return true;
   }
   int64_t pairs = problem.queries();
@@ -29,30 +30,11 @@ bool is_worthwhile(const Problem<kAxes>& problem, int rank, const Arrays&) {
          choose_tiling<Side::kQueries>(problem, rank, 64, 64).pairs <= kMostInVain * pairs;
 }
 
-template <typename Arrays, int Rank>
-cudaError_t run_of_rank(cudaStream_t stream, const OperandsOf<Arrays, Rank>& operands) {
+template <template <typename, int> class Operands, typename Element, int Rank>
+cudaError_t run(cudaStream_t stream, const Operands<Element, Rank>& operands) {
   const Problem<kAxes> problem = in_three_axes(operands.problem);
-  const Arrays& arrays = operands;
-  if (!can_serve(problem) || !is_worthwhile(problem, Rank, arrays)) return kNotServed;
-  return run_operation(stream, arrays, problem, Rank);
-}
-
-template <template <typename, int> class Operands, typename Element>
-cudaError_t Operation<Operands, Element>::run(cudaStream_t stream,
-                                              const Operands<Element, 1>& operands) {
-  return run_of_rank(stream, operands);
-}
-
-template <template <typename, int> class Operands, typename Element>
-cudaError_t Operation<Operands, Element>::run(cudaStream_t stream,
-                                              const Operands<Element, 2>& operands) {
-  return run_of_rank(stream, operands);
-}
-
-template <template <typename, int> class Operands, typename Element>
-cudaError_t Operation<Operands, Element>::run(cudaStream_t stream,
-                                              const Operands<Element, 3>& operands) {
-  return run_of_rank(stream, operands);
+  if (!can_serve(problem) || !is_worthwhile(problem, Rank, operands)) return kNotServed;
+  return run_operation(stream, operands, problem, Rank);
 }
 
 }  // namespace jax_natten::sm80

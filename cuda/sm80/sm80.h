@@ -13,11 +13,8 @@ namespace jax_natten::sm80 {
 // What run gives, without having launched anything, where these kernels cannot serve a call.
 inline constexpr cudaError_t kNotServed = cudaErrorNotSupported;
 
-template <template <typename, int> class Operands, typename Element>
-struct Operation {
-  static cudaError_t run(cudaStream_t, const Operands<Element, 1>&);
-  static cudaError_t run(cudaStream_t, const Operands<Element, 2>&);
-  static cudaError_t run(cudaStream_t, const Operands<Element, 3>&);
-};
+// Launches an operation, which its operands tell.
+template <template <typename, int> class Operands, typename Element, int Rank>
+cudaError_t run(cudaStream_t stream, const Operands<Element, Rank>& operands);
 
 }  // namespace jax_natten::sm80

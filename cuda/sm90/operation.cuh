@@ -1,4 +1,4 @@
-// Defines Operation: the choice of a kernel and its shape, and the launch.
+// Defines run: the choice of a kernel and its shape, and the launch.
 #pragma once
 
 #include "cuda/sm90/choices.cuh"
@@ -116,22 +116,9 @@ cudaError_t run_of_rank(cudaStream_t stream, const ForwardArrays<Element>& array
   }
 }
 
-template <template <typename, int> class Operands, typename Element>
-cudaError_t Operation<Operands, Element>::run(cudaStream_t stream,
-                                              const Operands<Element, 1>& operands) {
-  return run_of_rank<Element>(stream, operands, in_three_axes(operands.problem), 1);
-}
-
-template <template <typename, int> class Operands, typename Element>
-cudaError_t Operation<Operands, Element>::run(cudaStream_t stream,
-                                              const Operands<Element, 2>& operands) {
-  return run_of_rank<Element>(stream, operands, in_three_axes(operands.problem), 2);
-}
-
-template <template <typename, int> class Operands, typename Element>
-cudaError_t Operation<Operands, Element>::run(cudaStream_t stream,
-                                              const Operands<Element, 3>& operands) {
-  return run_of_rank<Element>(stream, operands, in_three_axes(operands.problem), 3);
+template <template <typename, int> class Operands, typename Element, int Rank>
+cudaError_t run(cudaStream_t stream, const Operands<Element, Rank>& operands) {
+  return run_of_rank<Element>(stream, operands, in_three_axes(operands.problem), Rank);
 }
 
 }  // namespace jax_natten::sm90
