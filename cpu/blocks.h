@@ -27,7 +27,6 @@ struct Blocks {
   int64_t size[kAxes];    // queries of a block along an axis, whole tiles
   int64_t count[kAxes];   // blocks along a dilation group
   int64_t groups[kAxes];  // dilation groups that have a query
-  int64_t heads;          // of keys that a task takes one after the other, as they lie in memory
 };
 
 // Where a task's part of the queries lies.
@@ -42,17 +41,19 @@ struct Place {
 struct Numbering {
   int64_t parts[kAxes];
   int64_t groups[kAxes];
-  int64_t heads;  // of a task, perhaps fewer of the last
+  int64_t heads;  // of a task, one after the other as they lie in memory; perhaps fewer of the last
   int64_t heads_kv;
   int64_t samples;
 
   Numbering(const Problem<kAxes>& problem, const Blocks& blocks,
             const int64_t (&part_counts)[kAxes])
-      : heads(blocks.heads), heads_kv(problem.heads_kv), samples(problem.samples) {
+      : heads_kv(problem.heads_kv), samples(problem.samples) {
     for (int a = 0; a < kAxes; ++a) {
       parts[a] = part_counts[a];
       groups[a] = blocks.groups[a];
     }
+    const int64_t tasks = product(parts) * product(groups) * heads_kv * samples;
+    heads = geometry::max(geometry::min(tasks / kTasks, heads_kv), 1);
   }
 
   int64_t count() const {
@@ -115,9 +116,6 @@ inline Blocks choose_blocks(const Problem<kAxes>& problem, int rank, int64_t byt
         geometry::ceil_div(geometry::ceil_div(positions, blocks.count[a]), tile) * tile;
     blocks.count[a] = geometry::ceil_div(positions, blocks.size[a]);
   }
-  const int64_t places = product(blocks.count) * product(blocks.groups) * problem.samples;
-  blocks.heads =
-      geometry::max(geometry::min(places * problem.heads_kv / kTasks, problem.heads_kv), 1);
   return blocks;
 }
 
