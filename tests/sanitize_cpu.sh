@@ -17,7 +17,7 @@ export ASAN_OPTIONS=detect_leaks=0,abort_on_error=1 UBSAN_OPTIONS=print_stacktra
 LD_PRELOAD=$("${CXX:-g++}" -print-file-name=libasan.so):$("${CXX:-g++}" -print-file-name=libubsan.so)
 export LD_PRELOAD
 tests=(tests/test_cpu_kernels.py tests/test_goldens.py tests/test_frame.py)
-for target in $("$python" -c 'from jax_natten import _cpu; print(*_cpu.available_targets())'); do
-  JAX_NATTEN_CPU_TARGET=$target "$python" -m pytest -q -p no:cacheprovider -k 'not instruction_set and not bits' \
+for target in $("$python" -P -c 'from jax_natten import _cpu; print(*_cpu.available_targets())'); do
+  JAX_NATTEN_CPU_TARGET=$target "$python" -P -m pytest -q -p no:cacheprovider -k 'not instruction_set and not bits' \
     "${@:-${tests[@]}}" | tail -n 1 | sed "s/^/$target: /"
 done
