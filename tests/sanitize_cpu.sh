@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds the CPU module under the address and undefined-behaviour sanitizers, and runs the kernels' tests on it with
-# every instruction set of the processor. Needs GCC, CMake and what the tests need; arguments go to pytest.
+# every instruction set of the processor, or those named in TARGETS. Needs GCC, CMake and what the tests need; arguments
+# go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -17,7 +18,8 @@ export ASAN_OPTIONS=detect_leaks=0,abort_on_error=1 UBSAN_OPTIONS=print_stacktra
 LD_PRELOAD=$("${CXX:-g++}" -print-file-name=libasan.so):$("${CXX:-g++}" -print-file-name=libubsan.so)
 export LD_PRELOAD
 tests=(tests/test_cpu_kernels.py tests/test_goldens.py tests/test_frame.py)
-for target in $("$python" -P -c 'from jax_natten import _cpu; print(*_cpu.available_targets())'); do
+available=$("$python" -P -c 'from jax_natten import _cpu; print(*_cpu.available_targets())')
+for target in ${TARGETS:-$available}; do
   JAX_NATTEN_CPU_TARGET=$target "$python" -P -m pytest -q -p no:cacheprovider -k 'not instruction_set and not bits' \
     "${@:-${tests[@]}}" | tail -n 1 | sed "s/^/$target: /"
 done
