@@ -69,9 +69,6 @@ class BackwardBlock {
       const int64_t dim = problem_.dim, value_dim = problem_.value_dim, keys = block_.keys();
       const int64_t entries = block_.most_keys() * kTileQueries;
       const int64_t biases = call.has_bias() ? entries : 0;
-      const auto transposed = [&](int64_t channels) {
-        return parts.of<Sum>(panels(channels) * kPanel * kTileQueries);
-      };
       return Memory{make_rows<Sum>(parts, keys, dim),
                     make_rows<Sum>(parts, keys, value_dim),
                     make_rows<Sum>(parts, keys, dim),
@@ -80,9 +77,9 @@ class BackwardBlock {
                     make_rows<Sum>(parts, kTileQueries, value_dim),
                     make_rows<Sum>(parts, kTileQueries, value_dim),
                     make_rows<Sum>(parts, kTileQueries, dim),
-                    transposed(dim),
-                    transposed(value_dim),
-                    transposed(value_dim),
+                    make_transposed<Sum>(parts, dim),
+                    make_transposed<Sum>(parts, value_dim),
+                    make_transposed<Sum>(parts, value_dim),
                     parts.of<Sum>(entries),
                     parts.of<Sum>(entries),
                     parts.of<Sum>(biases),
@@ -117,7 +114,7 @@ class BackwardBlock {
     Rows<Sum> queries, ct_outs, outs, query_sums;
     Sum *queries_transposed, *ct_outs_transposed, *outs_transposed;
     Sum *weights, *gradients, *bias, *bias_sums;
-    Sum *lse, *delta, *maxima;
+    Sum *shifts, *delta, *maxima;
   };
 
   void run_head(KeyStream<Element, Sum>& stream, int64_t head) const {
@@ -142,14 +139,10 @@ class BackwardBlock {
     const auto fetch = [&](const Tensor<const Element>& from, int64_t channels) {
       prefetch_queries<0>(from, place_.sample, head, next, channels);
     };
-    const auto lses = call_.lse.head(place_.sample, head);
-    const auto ct_lses = call_.ct_lse.head(place_.sample, head);
-    // A query all of whose logits are -infinity has no derivative.
     bool has_derivative[kTileQueries];
+    read_shifts(m.shifts, has_derivative, call_.lse.head(place_.sample, head), tile, shape);
+    const auto ct_lses = call_.ct_lse.head(place_.sample, head);
     for (int l = 0; l < kTileQueries; ++l) {
-      const Sum lse = shape.sees[l] ? *lses.row(tile.token[l]) : -kInfinity<Sum>;
-      has_derivative[l] = lse != -kInfinity<Sum>;
-      m.lse[l] = has_derivative[l] ? lse * kLog2E<Sum> : kInfinity<Sum>;
       m.delta[l] = has_derivative[l] ? *ct_lses.row(tile.token[l]) : Sum{0};
     }
     const Sum scale = static_cast<Sum>(problem_.scale) * kLog2E<Sum>;
@@ -168,7 +161,7 @@ class BackwardBlock {
     tile_logits(m.weights, m.maxima, keys, m.queries_transposed,
                 call_.has_bias() ? m.bias : nullptr, shape);
     fetch(call_.ct_out, problem_.value_dim);
-    exponentials(m.weights, m.lse, shape);
+    exponentials(m.weights, m.shifts, shape);
     tile_products(m.gradients, values, m.ct_outs_transposed, shape);
     stream.fetch_some();
     gradients_of_logits(m.gradients, m.weights, m.delta, shape);

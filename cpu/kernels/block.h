@@ -1,4 +1,5 @@
-// What the kernels of all operations share: the memory of a task, and the cost of a call.
+// What the kernels of all operations share: the memory of a task, its heads, and the tasks of a
+// call.
 #pragma once
 
 #include <cstdint>
@@ -19,6 +20,23 @@ auto allocate(Scratch& scratch, Make&& make) {
   return make(parts);
 }
 
+// Memory for a tile's rows transposed.
+template <typename Sum>
+Sum* make_transposed(Parts& parts, int64_t channels) {
+  return parts.of<Sum>(panels(channels) * kPanel * kTileQueries);
+}
+
+// Calls run(head) for a task's heads; the stream brings the keys of each.
+template <typename Element, typename Sum, typename Run>
+void for_each_head(const Problem<kAxes>& problem, const Place& place,
+                   KeyStream<Element, Sum>& stream, Run&& run) {
+  const int64_t group = problem.group();
+  for (int64_t head = place.heads_kv.begin * group; head < place.heads_kv.end * group; ++head) {
+    if (head % group == 0) stream.next_head();
+    run(head);
+  }
+}
+
 // Packed, a key and its value.
 template <typename Element>
 int64_t bytes_per_key(const Problem<kAxes>& problem) {
@@ -33,12 +51,15 @@ inline double products(const Problem<kAxes>& problem, const Blocks& blocks) {
          static_cast<double>(problem.dim + problem.value_dim);
 }
 
-// run(place, scratch) for all blocks, at any time.
-template <typename Run>
-Job over_blocks(const Problem<kAxes>& problem, const Blocks& blocks, double flops, Run run) {
-  const Numbering numbering(problem, blocks, blocks.count);
-  return {{numbering.count(), flops,
-           [=](int64_t task, Scratch& scratch) { run(numbering.place(task), scratch); }}};
+// run(call, blocks, place, scratch) for all blocks, at any time: of so many bytes a key, in so many
+// products.
+template <typename Arrays, typename Run>
+Job over_blocks(const Call<Arrays>& call, int64_t bytes, int count, Run run) {
+  const Blocks blocks = choose_blocks(call.problem, call.rank, bytes);
+  const Numbering numbering(call.problem, blocks, blocks.count);
+  return {
+      {numbering.count(), count * products(call.problem, blocks),
+       [=](int64_t task, Scratch& scratch) { run(call, blocks, numbering.place(task), scratch); }}};
 }
 
 }  // namespace jax_natten::JAX_NATTEN_TARGET

@@ -49,7 +49,7 @@ void forward_block(const Call<ForwardArrays<Element>>& call, const Blocks& block
                   make_rows<Sum>(parts, block.keys(), problem.value_dim),
                   make_rows<Sum>(parts, kTileQueries, problem.dim),
                   make_rows<Sum>(parts, kTileQueries, problem.value_dim),
-                  parts.of<Sum>(panels(problem.dim) * kPanel * kTileQueries),
+                  make_transposed<Sum>(parts, problem.dim),
                   parts.of<Sum>(entries),
                   parts.of<Sum>(call.has_bias() ? entries : 0),
                   parts.of<Sum>(kTileQueries),
@@ -63,9 +63,7 @@ void forward_block(const Call<ForwardArrays<Element>>& call, const Blocks& block
   clear(m.outs);  // of padding channels too, which nothing else writes
   const Sum scale = static_cast<Sum>(problem.scale) * kLog2E<Sum>;
 
-  const int64_t group = problem.group();
-  for (int64_t head = place.heads_kv.begin * group; head < place.heads_kv.end * group; ++head) {
-    if (head % group == 0) stream.next_head();
+  for_each_head(problem, place, stream, [&](int64_t head) {
     const auto queries = call.q.head(place.sample, head);
     const auto outs = call.out.head(place.sample, head);
     const auto lses = call.lse.head(place.sample, head);
@@ -90,16 +88,12 @@ void forward_block(const Call<ForwardArrays<Element>>& call, const Blocks& block
         if (tile.token[l] >= 0) *lses.row(tile.token[l]) = m.lse[l];
       }
     });
-  }
+  });
 }
 
 template <typename Element>
 Job make_job(const Call<ForwardArrays<Element>>& call) {
-  const Blocks blocks =
-      choose_blocks(call.problem, call.rank, bytes_per_key<Element>(call.problem));
-  return over_blocks(
-      call.problem, blocks, 2 * products(call.problem, blocks),
-      [=](const Place& place, Scratch& scratch) { forward_block(call, blocks, place, scratch); });
+  return over_blocks(call, bytes_per_key<Element>(call.problem), 2, forward_block<Element>);
 }
 
 }  // namespace jax_natten::JAX_NATTEN_TARGET

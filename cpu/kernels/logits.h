@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <limits>
 
 #include "cpu/kernels/bias.h"
 #include "cpu/kernels/products.h"
@@ -15,6 +14,19 @@ template <typename Sum>
 inline constexpr Sum kLog2E = static_cast<Sum>(1.44269504088896340736);
 template <typename Sum>
 inline constexpr Sum kLn2 = static_cast<Sum>(0.69314718055994530942);
+
+// What is taken from the logits of a tile's queries to make weights, and whether a query has a
+// derivative: one that sees no key, or all of whose logits are -infinity, has none, and weights 0.
+template <typename Sum>
+void read_shifts(Sum* shifts, bool (&has_derivative)[kTileQueries],
+                 const typename Tensor<const Sum>::Head& lses, const Tile& tile,
+                 const Shape& shape) {
+  for (int l = 0; l < kTileQueries; ++l) {
+    const Sum lse = shape.sees[l] ? *lses.row(tile.token[l]) : -kInfinity<Sum>;
+    has_derivative[l] = lse != -kInfinity<Sum>;
+    shifts[l] = has_derivative[l] ? lse * kLog2E<Sum> : kInfinity<Sum>;
+  }
+}
 
 // The keys that a vector of a tile's queries, from the `first` on, sees together: along the last
 // axis the whole box of the tile, so that what combines more queries finds their weights there.

@@ -60,8 +60,8 @@ class TangentBlock {
                     make_rows<Sum>(parts, kTileQueries, dim),
                     make_rows<Sum>(parts, kTileQueries, value_dim),
                     make_rows<Sum>(parts, kTileQueries, value_dim),
-                    parts.of<Sum>(panels(dim) * kPanel * kTileQueries),
-                    parts.of<Sum>(panels(dim) * kPanel * kTileQueries),
+                    make_transposed<Sum>(parts, dim),
+                    make_transposed<Sum>(parts, dim),
                     parts.of<Sum>(entries),
                     parts.of<Sum>(entries),
                     parts.of<Sum>(entries),
@@ -82,9 +82,7 @@ class TangentBlock {
     stream.add(m.value_tangents, call_.dv);
     clear(m.outs);  // of padding channels too, which nothing else writes
     clear(m.more_outs);
-    const int64_t group = problem_.group();
-    for (int64_t head = place_.heads_kv.begin * group; head < place_.heads_kv.end * group; ++head) {
-      if (head % group == 0) stream.next_head();
+    for_each_head(problem_, place_, stream, [&](int64_t head) {
       block_.for_each_tile([&](const Tile& tile, const Tile&, const Shape& shape, bool is_new) {
         if (call_.has_bias() && is_new) {
           const auto read = [&](Sum* entries, const Tensor<const Sum>& tables, Sum factor) {
@@ -98,7 +96,7 @@ class TangentBlock {
         run_tile(tile, shape, head);
         stream.fetch_some();
       });
-    }
+    });
   }
 
  private:
@@ -107,18 +105,13 @@ class TangentBlock {
     Rows<Sum> queries, outs, more_outs;
     Sum *queries_transposed, *tangents_transposed;
     Sum *weights, *tangents, *more, *bias, *dbias;
-    Sum *lse, *dlse, *maxima;
+    Sum *shifts, *dlse, *maxima;
   };
 
   void run_tile(const Tile& tile, const Shape& shape, int64_t head) const {
     const Memory& m = memory_;
-    const auto lses = call_.lse.head(place_.sample, head);
     bool has_derivative[kTileQueries];
-    for (int l = 0; l < kTileQueries; ++l) {
-      const Sum lse = shape.sees[l] ? *lses.row(tile.token[l]) : -kInfinity<Sum>;
-      has_derivative[l] = lse != -kInfinity<Sum>;
-      m.lse[l] = has_derivative[l] ? lse * kLog2E<Sum> : kInfinity<Sum>;
-    }
+    read_shifts(m.shifts, has_derivative, call_.lse.head(place_.sample, head), tile, shape);
     const Sum scale = static_cast<Sum>(problem_.scale);
     const auto pack = [&](Sum* transposed, const Tensor<const Element>& from, Sum factor) {
       pack_queries<Element>(m.queries, tile, has_derivative, from.head(place_.sample, head),
@@ -131,7 +124,7 @@ class TangentBlock {
     const Keys<Sum> keys(m.keys, block_, tile), key_tangents(m.key_tangents, block_, tile);
     tile_logits(m.weights, m.maxima, keys, m.queries_transposed,
                 call_.has_bias() ? m.bias : nullptr, shape);
-    exponentials(m.weights, m.lse, shape);
+    exponentials(m.weights, m.shifts, shape);
     tile_products(m.tangents, keys, m.tangents_transposed, shape);
     tile_products(m.more, key_tangents, m.queries_transposed, shape);
     tangents_of_weights(m.tangents, m.dlse, m.weights, m.more, call_.has_bias() ? m.dbias : nullptr,
@@ -161,12 +154,12 @@ class TangentBlock {
 
 template <typename Element>
 Job make_job(const Call<TangentArrays<Element>>& call) {
-  const Problem<kAxes>& problem = call.problem;
-  const Blocks blocks = choose_blocks(problem, call.rank, 2 * bytes_per_key<Element>(problem));
-  return over_blocks(problem, blocks, 5 * products(problem, blocks),
-                     [=](const Place& place, Scratch& scratch) {
-                       TangentBlock<Element>(call, blocks, place, scratch).run();
-                     });
+  // A key and its value, and the tangents of both.
+  const int64_t bytes = 2 * bytes_per_key<Element>(call.problem);
+  return over_blocks(
+      call, bytes, 5,
+      [](const Call<TangentArrays<Element>>& call, const Blocks& blocks, const Place& place,
+         Scratch& scratch) { TangentBlock<Element>(call, blocks, place, scratch).run(); });
 }
 
 }  // namespace jax_natten::JAX_NATTEN_TARGET

@@ -79,14 +79,12 @@ void qk_block(const Call<QkArrays<Element>>& call, const Blocks& blocks, const P
   const Memory m = allocate(scratch, [&](Parts& parts) {
     return Memory{make_rows<Sum>(parts, block.keys(), problem.dim),
                   make_rows<Sum>(parts, kTileQueries, problem.dim),
-                  parts.of<Sum>(panels(problem.dim) * kPanel * kTileQueries),
+                  make_transposed<Sum>(parts, problem.dim),
                   parts.of<Sum>(block.most_keys() * kTileQueries)};
   });
   KeyStream<Element, Sum> stream(block, place);
   stream.add(m.keys, call.key);
-  const int64_t group = problem.group();
-  for (int64_t head = place.heads_kv.begin * group; head < place.heads_kv.end * group; ++head) {
-    if (head % group == 0) stream.next_head();
+  for_each_head(problem, place, stream, [&](int64_t head) {
     block.for_each_tile([&](const Tile& tile, const Tile&, const Shape& shape, bool) {
       stream.pack(block.end_of(tile));
       pack_queries<Element>(m.queries, tile, shape.sees, call.query.head(place.sample, head),
@@ -96,8 +94,20 @@ void qk_block(const Call<QkArrays<Element>>& call, const Blocks& blocks, const P
       stream.fetch_some();
       write_slots<Element>(call.attn.head(place.sample, head), m.products, tile, shape, problem);
     });
-  }
+  });
 }
+
+// Of a product with weights: the rows of a block's keys, those of a tile's queries.
+template <typename Sum>
+struct Weighted {
+  Rows<Sum> keys, queries;
+  Sum* weights;
+
+  Weighted(Parts& parts, const BlockView& block, int64_t channels)
+      : keys(make_rows<Sum>(parts, block.keys(), channels)),
+        queries(make_rows<Sum>(parts, kTileQueries, channels)),
+        weights(parts.of<Sum>(block.most_keys() * kTileQueries)) {}
+};
 
 template <typename Element>
 void av_block(const Call<AvArrays<Element>>& call, const Blocks& blocks, const Place& place,
@@ -105,31 +115,22 @@ void av_block(const Call<AvArrays<Element>>& call, const Blocks& blocks, const P
   using Sum = Accumulator<Element>;
   const Problem<kAxes>& problem = call.problem;
   const BlockView block(problem, call.rank, blocks, place, place.part);
-  struct Memory {
-    Rows<Sum> values, outs;
-    Sum* weights;
-  };
-  const Memory m = allocate(scratch, [&](Parts& parts) {
-    return Memory{make_rows<Sum>(parts, block.keys(), problem.value_dim),
-                  make_rows<Sum>(parts, kTileQueries, problem.value_dim),
-                  parts.of<Sum>(block.most_keys() * kTileQueries)};
-  });
-  clear(m.outs);  // of padding channels too, which nothing else writes
+  const auto m = allocate(
+      scratch, [&](Parts& parts) { return Weighted<Sum>(parts, block, problem.value_dim); });
+  clear(m.queries);  // of padding channels too, which nothing else writes
   Sum ones[kTileQueries];
   std::fill_n(ones, kTileQueries, Sum{1});
   KeyStream<Element, Sum> stream(block, place);
-  stream.add(m.values, call.value);
-  const int64_t group = problem.group();
-  for (int64_t head = place.heads_kv.begin * group; head < place.heads_kv.end * group; ++head) {
-    if (head % group == 0) stream.next_head();
+  stream.add(m.keys, call.value);
+  for_each_head(problem, place, stream, [&](int64_t head) {
     block.for_each_tile([&](const Tile& tile, const Tile&, const Shape& shape, bool) {
       stream.pack(block.end_of(tile));
       read_slots<Element>(m.weights, call.attn.head(place.sample, head), tile, shape, problem);
       stream.fetch_some();
-      combine(m.outs, m.weights, Keys<Sum>(m.values, block, tile), shape);
-      unpack_queries<Element>(call.out.head(place.sample, head), tile, m.outs, ones);
+      combine(m.queries, m.weights, Keys<Sum>(m.keys, block, tile), shape);
+      unpack_queries<Element>(call.out.head(place.sample, head), tile, m.queries, ones);
     });
-  }
+  });
 }
 
 template <typename Element>
@@ -138,45 +139,30 @@ void inverse_block(const Call<InverseArrays<Element>>& call, const Blocks& block
   using Sum = Accumulator<Element>;
   const Problem<kAxes>& problem = call.problem;
   const BlockView block(problem, call.rank, blocks, place, place.part);
-  struct Memory {
-    Rows<Sum> sums, rows;
-    Sum* weights;
-  };
-  const Memory m = allocate(scratch, [&](Parts& parts) {
-    return Memory{make_rows<Sum>(parts, block.keys(), problem.value_dim),
-                  make_rows<Sum>(parts, kTileQueries, problem.value_dim),
-                  parts.of<Sum>(block.most_keys() * kTileQueries)};
-  });
+  const auto m = allocate(
+      scratch, [&](Parts& parts) { return Weighted<Sum>(parts, block, problem.value_dim); });
   const int64_t group = problem.group();
   for (int64_t head_kv = place.heads_kv.begin; head_kv < place.heads_kv.end; ++head_kv) {
-    clear(m.sums);
+    clear(m.keys);
     for (int64_t head = head_kv * group; head < (head_kv + 1) * group; ++head) {
       block.for_each_tile([&](const Tile& tile, const Tile&, const Shape& shape, bool) {
         read_slots<Element>(m.weights, call.attn.head(place.sample, head), tile, shape, problem);
-        pack_queries<Element>(m.rows, tile, shape.sees, call.x.head(place.sample, head), Sum{1});
-        spread(Keys<Sum>(m.sums, block, tile), m.weights, m.rows, shape);
+        pack_queries<Element>(m.queries, tile, shape.sees, call.x.head(place.sample, head), Sum{1});
+        spread(Keys<Sum>(m.keys, block, tile), m.weights, m.queries, shape);
       });
     }
-    add_keys(sums_of(call.out, call.sums).head(place.sample, head_kv), m.sums, block, Sum{1});
+    add_keys(sums_of(call.out, call.sums).head(place.sample, head_kv), m.keys, block, Sum{1});
   }
 }
 
 template <typename Element>
 Job make_job(const Call<QkArrays<Element>>& call) {
-  const Problem<kAxes>& problem = call.problem;
-  const Blocks blocks = choose_blocks(problem, call.rank, bytes_per_key<Element>(problem));
-  return over_blocks(
-      problem, blocks, 2 * products(problem, blocks),
-      [=](const Place& place, Scratch& scratch) { qk_block(call, blocks, place, scratch); });
+  return over_blocks(call, bytes_per_key<Element>(call.problem), 2, qk_block<Element>);
 }
 
 template <typename Element>
 Job make_job(const Call<AvArrays<Element>>& call) {
-  const Problem<kAxes>& problem = call.problem;
-  const Blocks blocks = choose_blocks(problem, call.rank, bytes_per_key<Element>(problem));
-  return over_blocks(
-      problem, blocks, 2 * products(problem, blocks),
-      [=](const Place& place, Scratch& scratch) { av_block(call, blocks, place, scratch); });
+  return over_blocks(call, bytes_per_key<Element>(call.problem), 2, av_block<Element>);
 }
 
 template <typename Element>
