@@ -1,5 +1,6 @@
 // The Python module jax_natten._cpu: the FFI handlers as capsules, the FFI version that they were
-// built with, the instruction sets that they serve, and the geometry of one axis for tests.
+// built with, the instruction sets that they serve, and for tests the geometry of one axis and the
+// choice of tiles.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -11,6 +12,7 @@
 
 #include "cpu/blocks.h"
 #include "cpu/geometry.h"
+#include "cpu/problem_from.h"
 #include "cpu/registrations.h"
 #include "cpu/targets.h"
 
@@ -67,33 +69,44 @@ nb::list queries_of_keys(int64_t kernel_size, int64_t stride, int64_t dilation, 
   return result;
 }
 
-template <int Rank>
-double visited_pairs_of(const std::vector<int64_t>& spatial,
-                        const std::vector<int64_t>& kernel_size, int64_t dilation) {
-  Problem<Rank> problem{};
-  for (int a = 0; a < Rank; ++a) {
-    problem.window[a] = {kernel_size[a], 1, dilation, false};
-    problem.query_shape[a] = problem.key_shape[a] = spatial[a];
+bool is_power_of_two(int value) { return value > 0 && (value & (value - 1)) == 0; }
+
+// (log_size, tiles, pairs) of the tiles that choose_tiling takes, the first two with three axes.
+nb::tuple tiling(const Entries& query_shape, const Entries& key_shape, const Entries& kernel_size,
+                 const Entries& stride, const Entries& dilation, const std::vector<bool>& is_causal,
+                 bool rows_are_keys, int tokens, int columns) {
+  if (!is_power_of_two(tokens) || tokens > 1 << kMostLogSize || !is_power_of_two(columns)) {
+    throw nb::value_error("need powers of two, and a tile of rows that is not too large");
   }
-  problem.samples = problem.heads = problem.heads_kv = 1;
-  return choose_blocks(in_three_axes(problem), Rank, 1).tiling.pairs;
+  const Problem<kAxes> problem =
+      problem_from(query_shape, key_shape, kernel_size, stride, dilation, is_causal);
+  const int rank = static_cast<int>(query_shape.size());
+  const Tiling tiling = rows_are_keys
+                            ? choose_tiling<Side::kKeys>(problem, rank, tokens, columns)
+                            : choose_tiling<Side::kQueries>(problem, rank, tokens, columns);
+  const auto axes = [](const int (&of)[kAxes]) { return nb::make_tuple(of[0], of[1], of[2]); };
+  return nb::make_tuple(axes(tiling.log_size), axes(tiling.tiles), tiling.pairs);
 }
 
-// Pairs of a query and a key whose logits the kernels compute for one head, those that don't see
-// each other included.
-double visited_pairs(const std::vector<int64_t>& spatial, const std::vector<int64_t>& kernel_size,
-                     int64_t dilation) {
-  if (kernel_size.size() != spatial.size()) throw nb::value_error("need an entry for each axis");
-  switch (spatial.size()) {
-    case 1:
-      return visited_pairs_of<1>(spatial, kernel_size, dilation);
-    case 2:
-      return visited_pairs_of<2>(spatial, kernel_size, dilation);
-    case 3:
-      return visited_pairs_of<3>(spatial, kernel_size, dilation);
-    default:
-      throw nb::value_error("need one to three axes");
-  }
+// How many columns a tile of rows sees together along an axis.
+int64_t columns_seen(int64_t query_size, int64_t key_size, int64_t kernel_size, int64_t stride,
+                     int64_t dilation, bool is_causal, bool rows_are_keys, int64_t first,
+                     int64_t size) {
+  const Problem<kAxes> problem =
+      problem_from({query_size}, {key_size}, {kernel_size}, {stride}, {dilation}, {is_causal});
+  constexpr int kLast = kAxes - 1;
+  return rows_are_keys ? seen_together<Side::kKeys>(problem, kLast, first, size)
+                       : seen_together<Side::kQueries>(problem, kLast, first, size);
+}
+
+// Pairs of a query and a key whose logits the CPU kernels compute for one head, those that don't
+// see each other included.
+double visited_pairs(const Entries& spatial, const Entries& kernel_size, int64_t dilation) {
+  const size_t rank = spatial.size();
+  const Problem<kAxes> problem =
+      problem_from(spatial, spatial, kernel_size, Entries(rank, 1), Entries(rank, dilation),
+                   std::vector<bool>(rank, false));
+  return choose_blocks(problem, static_cast<int>(rank), 1).tiling.pairs;
 }
 
 }  // namespace
@@ -106,6 +119,10 @@ NB_MODULE(_cpu, m) {
   m.def("target", [target] { return target; });
   m.def("available_targets", &jax_natten::available_targets);
   m.def("visited_pairs", &jax_natten::visited_pairs, "spatial"_a, "kernel_size"_a, "dilation"_a);
+  m.def("tiling", &jax_natten::tiling, "query_shape"_a, "key_shape"_a, "kernel_size"_a, "stride"_a,
+        "dilation"_a, "is_causal"_a, "rows_are_keys"_a, "tokens"_a, "columns"_a);
+  m.def("seen_together", &jax_natten::columns_seen, "query_size"_a, "key_size"_a, "kernel_size"_a,
+        "stride"_a, "dilation"_a, "is_causal"_a, "rows_are_keys"_a, "first"_a, "size"_a);
   m.def("keys_of_queries", &jax_natten::keys_of_queries, "kernel_size"_a, "stride"_a, "dilation"_a,
         "is_causal"_a, "frame"_a, "query_size"_a, "key_size"_a);
   m.def("queries_of_keys", &jax_natten::queries_of_keys, "kernel_size"_a, "stride"_a, "dilation"_a,

@@ -39,11 +39,11 @@ template <template <typename, int> class Operands, typename Element, int Rank>
 cudaError_t dispatch(cudaStream_t stream, const Operands<Element, Rank>& operands) {
   if constexpr (kHasSm90<Operands> && sizeof(Element) == 2) {
     const cudaError_t error = sm90::run(stream, operands);
-    if (error != sm90::kNotServed) return error;
+    if (error != kNotServed) return error;
   }
   if constexpr (kHasSm80<Operands> && !std::is_same_v<Element, double>) {
     const cudaError_t error = sm80::run(stream, operands);
-    if (error != sm80::kNotServed) return error;
+    if (error != kNotServed) return error;
   }
   return naive::run(stream, operands);
 }

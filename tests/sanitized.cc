@@ -238,7 +238,7 @@ struct Runner {
       for (const Array* array : call.workspace) array->poison();
     }
     const cudaError_t error = run(nullptr, operands);
-    if (error == cudaErrorNotSupported) return;
+    if (error == kNotServed) return;
     check(error);
     check(cudaDeviceSynchronize());
     ++calls[kernels];

@@ -1,4 +1,4 @@
-"""The GPU kernels' tiles against brute force: their choice is host code and needs no GPU.
+"""The kernels' tiles against brute force, those of GPUs too: their choice is host code and needs none.
 
 What a tile's rows see together is found here by the definition of the window, one query at a time. How many pairs
 the tiles visit decides how fast the kernels are, so a bad choice is a failure although no result would be wrong.
@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import axis_keys
 
-_cuda = pytest.importorskip("jax_natten._cuda", reason="the CUDA kernels are not built")
+_cpu = pytest.importorskip("jax_natten._cpu")
 
 sides = pytest.mark.parametrize("rows_are_keys", [False, True], ids=["queries", "keys"])
 
@@ -61,7 +61,7 @@ def seen_together(queries, keys, window, rows_are_keys, length):
     rows = keys if rows_are_keys else queries
     tiles = tiles_of(rows, window[2], length)
     first = [tile.start for tile in tiles]
-    return [_cuda.seen_together(queries, keys, *window, rows_are_keys, index, length) for index in first]
+    return [_cpu.seen_together(queries, keys, *window, rows_are_keys, index, length) for index in first]
 
 
 @sides
@@ -92,7 +92,7 @@ def test_seen_together_with_a_halo(window, rows_are_keys):
 def test_seen_together_far_from_borders(is_causal, rows_are_keys):
     for kernel_size, length in itertools.product((1, 2, 7, 8, 100), LENGTHS):
         window = kernel_size, 1, 1, is_causal
-        assert _cuda.seen_together(1000, 1000, *window, rows_are_keys, 480, length) == kernel_size + length - 1
+        assert _cpu.seen_together(1000, 1000, *window, rows_are_keys, 480, length) == kernel_size + length - 1
 
 
 # ---- the choice
@@ -101,7 +101,7 @@ def test_seen_together_far_from_borders(is_causal, rows_are_keys):
 def choose(problem, rows_are_keys, tokens, columns):
     """(shape, tiles along the axes, estimated pairs), the first two with three axes."""
     spatial, *window = zip(*problem, strict=True)
-    log_size, tiles, pairs = _cuda.tiling(spatial, spatial, *window, rows_are_keys, tokens, columns)
+    log_size, tiles, pairs = _cpu.tiling(spatial, spatial, *window, rows_are_keys, tokens, columns)
     return tuple(2**log for log in log_size), tiles, pairs
 
 
@@ -255,8 +255,6 @@ def test_every_row_of_small_problems_is_in_one_tile(problem, tokens, rows_are_ke
 @sides
 @pytest.mark.parametrize("queries, keys", [(0, 0), (0, 9), (9, 0)])
 def test_no_tokens(queries, keys, rows_are_keys):
-    _, tiles, pairs = _cuda.tiling(
-        [queries, 5], [keys, 5], [3, 3], [1, 1], [2, 1], [False, True], rows_are_keys, 64, 64
-    )
+    _, tiles, pairs = _cpu.tiling([queries, 5], [keys, 5], [3, 3], [1, 1], [2, 1], [False, True], rows_are_keys, 64, 64)
     assert pairs == 0
     assert (prod(tiles) == 0) == ((keys if rows_are_keys else queries) == 0)

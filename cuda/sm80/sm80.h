@@ -7,13 +7,11 @@
 #include <cuda_runtime.h>
 
 #include "cpu/operands.h"
+#include "cuda/common/not_served.h"
 
 namespace jax_natten::sm80 {
 
-// What run gives, without having launched anything, where these kernels cannot serve a call.
-inline constexpr cudaError_t kNotServed = cudaErrorNotSupported;
-
-// Launches an operation, which its operands tell.
+// Launches an operation, which its operands tell, or gives kNotServed.
 template <template <typename, int> class Operands, typename Element, int Rank>
 cudaError_t run(cudaStream_t stream, const Operands<Element, Rank>& operands);
 
