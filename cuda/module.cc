@@ -9,8 +9,7 @@
 
 #include "cpu/problem_from.h"
 #include "cpu/registrations.h"
-#include "cuda/sm90/serve.h"
-#include "cuda/sm90/shape.h"
+#include "cuda/sm90/choices.h"
 
 namespace nb = nanobind;
 
@@ -29,7 +28,7 @@ bool hopper_serves(const Entries& query_shape, const Entries& key_shape, const E
   problem.dim = dim;
   problem.value_dim = value_dim;
   problem.scale = scale;
-  return sm90::can_serve(problem, static_cast<int>(query_shape.size()), has_bias);
+  return sm90::choose(problem, static_cast<int>(query_shape.size()), has_bias).kernel >= 0;
 #else
   return false;
 #endif

@@ -1,9 +1,10 @@
 // Defines run: the choice of a kernel and its shape, and the launch.
 #pragma once
 
-#include "cuda/sm90/choices.cuh"
+#include <utility>
+
+#include "cuda/sm90/choices.h"
 #include "cuda/sm90/kernel.cuh"
-#include "cuda/sm90/serve.h"
 #include "cuda/sm90/sm90.h"
 
 namespace jax_natten::sm90 {
@@ -72,48 +73,28 @@ cudaError_t launch(cudaStream_t stream, const ForwardArrays<typename Config::Ele
                           dim3(Config::kThreads), arguments, kBytes, stream);
 }
 
-// Runs the least costly of the kernels, each in its best shape.
-template <typename Element, typename... Known>
-cudaError_t run_best(cudaStream_t stream, const ForwardArrays<Element>& arrays,
-                     const Problem<kAxes>& problem, int rank, Choices<Known...>) {
-  Shape best{};
-  cudaError_t (*launch_best)(cudaStream_t, const ForwardArrays<Element>&, const Problem<kAxes>&,
-                             const Shape&) = nullptr;
-  const auto consider = [&](auto choice) {
-    using Config = typename decltype(choice)::Config;
-    const Shape shape =
-        choose_shape(problem, rank, Config::kConsumers, Config::kKeys, choice.kCosts);
-    if (shape.cost < 0 || (launch_best != nullptr && shape.cost >= best.cost)) return;
-    best = shape;
-    launch_best = &launch<Config>;
-  };
-  (consider(Known{}), ...);
-  return launch_best == nullptr ? kNotServed : launch_best(stream, arrays, problem, best);
+template <typename Element, int kIndex>
+using ConfigOf =
+    Config<Element, kKernels[kIndex].dim, kKernels[kIndex].keys, kKernels[kIndex].consumers,
+           kKernels[kIndex].stages, kKernels[kIndex].blocks, kKernels[kIndex].overlaps>;
+
+template <typename Element, int... kIndices>
+cudaError_t launch_chosen(cudaStream_t stream, const ForwardArrays<Element>& arrays,
+                          const Problem<kAxes>& problem, const Choice& choice,
+                          std::integer_sequence<int, kIndices...>) {
+  constexpr decltype(&launch<ConfigOf<Element, 0>>) kLaunches[] = {
+      &launch<ConfigOf<Element, kIndices>>...};
+  return kLaunches[choice.kernel](stream, arrays, problem, choice.shape);
 }
 
 template <typename Element>
 cudaError_t run_of_rank(cudaStream_t stream, const ForwardArrays<Element>& arrays,
                         const Problem<kAxes>& problem, int rank) {
-  if (!can_serve(problem, rank, arrays.has_bias()) || !is_hopper()) return kNotServed;
-  const auto run = [&](auto dim) {
-    return run_best(stream, arrays, problem, rank, KernelsOf<Element, decltype(dim)::value>{});
-  };
-  switch (problem.dim) {
-    case 32:
-      return run(std::integral_constant<int, 32>{});
-    case 64:
-      return run(std::integral_constant<int, 64>{});
-    case 96:
-      return run(std::integral_constant<int, 96>{});
-    case 128:
-      return run(std::integral_constant<int, 128>{});
-    case 192:
-      return run(std::integral_constant<int, 192>{});
-    case 256:
-      return run(std::integral_constant<int, 256>{});
-    default:
-      return kNotServed;
-  }
+  if (!is_hopper()) return kNotServed;
+  const Choice choice = choose(problem, rank, arrays.has_bias());
+  if (choice.kernel < 0) return kNotServed;
+  return launch_chosen(stream, arrays, problem, choice,
+                       std::make_integer_sequence<int, kKernelCount>{});
 }
 
 template <template <typename, int> class Operands, typename Element, int Rank>

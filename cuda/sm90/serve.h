@@ -18,14 +18,12 @@ inline bool has_room(const Problem<kAxes>& problem, int rank) {
 // Whether the kernels know everything that a forward call asks for.
 inline bool can_serve(const Problem<kAxes>& problem, int rank, bool has_bias) {
   constexpr int64_t kEnd = int64_t{1} << 26;  // of an axis, so that bits of masks never overflow
-  bool is_dim = false;
-  for (const int64_t dim : {32, 64, 96, 128, 192, 256}) is_dim = is_dim || problem.dim == dim;
   for (int a = 0; a < kAxes; ++a) {
     if (problem.query_shape[a] >= kEnd || problem.key_shape[a] >= kEnd) return false;
     if (problem.query_shape[a] == 0 || problem.key_shape[a] == 0) return false;
     if (problem.window[a].dilation > kMostStep) return false;
   }
-  return is_dim && problem.dim == problem.value_dim && problem.scale > 0 && !has_bias &&
+  return problem.dim == problem.value_dim && problem.scale > 0 && !has_bias &&
          problem.samples * problem.heads > 0 && has_room(problem, rank);
 }
 
