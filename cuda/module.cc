@@ -20,11 +20,12 @@ namespace {
 // dispatcher asks the same, and takes them wherever they do.
 bool hopper_serves(const Entries& query_shape, const Entries& key_shape, const Entries& kernel_size,
                    const Entries& stride, const Entries& dilation,
-                   const std::vector<bool>& is_causal, int64_t dim, int64_t value_dim, double scale,
-                   bool has_bias) {
+                   const std::vector<bool>& is_causal, int64_t samples, int64_t dim,
+                   int64_t value_dim, double scale, bool has_bias) {
 #ifdef JAX_NATTEN_HAS_SM90
   Problem<kAxes> problem =
       problem_from(query_shape, key_shape, kernel_size, stride, dilation, is_causal);
+  problem.samples = samples;
   problem.dim = dim;
   problem.value_dim = value_dim;
   problem.scale = scale;
@@ -68,8 +69,8 @@ NB_MODULE(_cuda, m) {
   using namespace nanobind::literals;
   jax_natten::define_registrations(m);
   m.def("hopper_serves", &jax_natten::hopper_serves, "query_shape"_a, "key_shape"_a,
-        "kernel_size"_a, "stride"_a, "dilation"_a, "is_causal"_a, "dim"_a, "value_dim"_a, "scale"_a,
-        "has_bias"_a);
+        "kernel_size"_a, "stride"_a, "dilation"_a, "is_causal"_a, "samples"_a, "dim"_a,
+        "value_dim"_a, "scale"_a, "has_bias"_a);
   m.def("hopper_shape", &jax_natten::hopper_shape, "query_shape"_a, "key_shape"_a, "kernel_size"_a,
         "stride"_a, "dilation"_a, "is_causal"_a, "consumers"_a, "keys"_a, "costs"_a);
   m.def("hopper_tiles", &jax_natten::hopper_tiles, "query_size"_a, "key_size"_a, "kernel_size"_a,

@@ -6,10 +6,12 @@ dispatcher's own question, and a problem that they do not serve fails.
 
 import itertools
 from dataclasses import replace
+from functools import cache
 
 import jax
 import numpy as np
 import pytest
+import reference
 from problems import Problem, check_fused, fused, precise
 from reference import axis_keys, make_window
 from tolerances import assert_close
@@ -42,7 +44,8 @@ def serves(problem: Problem) -> bool:
     dim, value_dim = problem.dim, problem.value_dim or problem.dim
     scale = problem.dim**-0.5 if problem.scale is None else problem.scale
     axes = (window.kernel_size, window.stride, window.dilation, window.is_causal)
-    return _cuda.hopper_serves(problem.spatial, problem.spatial, *map(list, axes), dim, value_dim, scale, problem.rpb)
+    sizes = (problem.batch, dim, value_dim)
+    return _cuda.hopper_serves(problem.spatial, problem.spatial, *map(list, axes), *sizes, scale, problem.rpb)
 
 
 # ---- what is served
@@ -51,12 +54,26 @@ def serves(problem: Problem) -> bool:
 @hopper[-1]
 def test_what_is_served():
     plain = Problem(spatial=(64, 64), kernel_size=7, dim=64)
-    assert all(serves(replace(plain, dim=dim)) for dim in (32, 64, 96, 128, 192, 256))
+    assert all(serves(replace(plain, dim=dim, batch=3)) for dim in range(8, 257, 8))
+    assert not any(serves(replace(plain, dim=dim)) for dim in (1, 4, 12, 36, 260, 264, 512))
+    assert all(serves(replace(plain, dim=a, value_dim=b)) for a in (8, 64, 192) for b in (16, 40, 128, 256))
+    assert not any(serves(replace(plain, dim=a, value_dim=b)) for a, b in ((64, 12), (12, 64), (64, 264), (264, 64)))
     assert all(serves(replace(plain, dilation=d)) for d in range(1, 9))
     assert not serves(replace(plain, dilation=9))
-    assert not any(serves(replace(plain, dim=dim)) for dim in (8, 40, 80, 160, 512))
-    assert not serves(replace(plain, value_dim=32)) and not serves(replace(plain, rpb=True))
+    assert not serves(replace(plain, rpb=True))
     assert not any(serves(replace(plain, scale=scale)) for scale in (0.0, -1.0))
+
+
+@hopper[-1]
+def test_padded_rows_of_three_axes_are_of_one_sample():
+    """A tensor map has five axes, and heads are one where rows are padded."""
+    video = Problem(spatial=(6, 12, 12), kernel_size=3, dim=64, batch=2)
+    assert all(serves(replace(video, dim=dim)) for dim in (32, 64, 96, 128, 192, 256))
+    assert all(serves(replace(video, dim=a, value_dim=128)) for a in (64, 192))
+    assert not any(serves(replace(video, dim=dim)) for dim in (8, 48, 80, 112, 160, 224))
+    assert not any(serves(replace(video, dim=a, value_dim=b)) for a, b in ((64, 32), (32, 64), (192, 96), (256, 128)))
+    assert all(serves(replace(video, batch=1, dim=dim)) for dim in range(8, 257, 8))
+    assert serves(replace(video, spatial=(1, 12, 12), kernel_size=(1, 3, 3), dim=40))
 
 
 # ---- tiles, against brute force
@@ -166,6 +183,44 @@ def test_fused(name, dtype):
     check_fused(problem, "native")
 
 
+# Rows that the kernels pad, and values of other lengths than keys.
+DIMS = [(8, 8), (24, 24), (40, 40), (48, 48), (72, 72), (80, 80), (104, 104), (112, 112), (136, 136), (200, 200)]
+DIMS += [(64, 128), (192, 128), (8, 64), (40, 24), (32, 128), (128, 64), (96, 128), (168, 120), (256, 16), (64, 256)]
+PADDED = {
+    "1d": Problem(spatial=(150,), kernel_size=37, stride=5, dilation=3, is_causal=True, heads=4, heads_kv=2, batch=2),
+    "2d": Problem(spatial=(12, 17), kernel_size=(5, 6), dilation=(2, 1), batch=2, lengths=((12, 17), (11, 9))),
+    "3d": Problem(spatial=(5, 7, 9), kernel_size=(3, 4, 5), stride=(2, 1, 3), is_causal=(False, True, False)),
+}
+
+
+@cache
+def forward(problem: Problem):
+    """out and lse of arrays by name."""
+    static = {"scale": problem.scale, **problem.window}
+    return jax.jit(lambda arrays: fused(problem.rank)(**arrays, **static, return_lse=True, backend="native"))
+
+
+def check_forward(problem: Problem) -> None:
+    """out and lse against brute force, also beside heads of NaN: heads do not hear of their neighbors in memory."""
+    assert serves(problem)
+    arrays = problem.arrays()
+    expected_out, expected_lse = reference.fused(**arrays, scale=problem.scale, **problem.window)
+    for heads in (slice(None), slice(0, problem.heads // 2)):
+        out, lse = forward(problem)(arrays)
+        assert_close(out[..., heads, :], expected_out[..., heads, :], err_msg=f"out of {heads}")
+        assert_close(lse[..., heads], expected_lse[..., heads], err_msg=f"lse of {heads}")
+        for name in ("query", "key", "value"):
+            arrays[name][..., arrays[name].shape[-2] // 2 :, :] = np.nan
+
+
+@on_hopper
+@pytest.mark.parametrize("name", PADDED)
+@pytest.mark.parametrize("dims", DIMS, ids=str)
+def test_dims(dims, name):
+    dtype = "bfloat16" if DIMS.index(dims) % 2 else "float16"
+    check_forward(replace(PADDED[name], dim=dims[0], value_dim=dims[1], dtype=dtype))
+
+
 LARGE = {
     "1d": Problem(spatial=(4000,), kernel_size=700, dim=128, heads=4, heads_kv=2),
     "1d_causal": Problem(spatial=(5000,), kernel_size=900, stride=64, is_causal=True, dim=64),
@@ -178,6 +233,10 @@ LARGE = {
     "d96": Problem(spatial=(90, 100), kernel_size=(31, 40), dim=96),
     "d192": Problem(spatial=(90, 100), kernel_size=(31, 40), dim=192),
     "d256": Problem(spatial=(90, 100), kernel_size=(31, 40), dim=256),
+    "d80": Problem(spatial=(90, 100), kernel_size=(31, 40), dim=80, batch=2),
+    "d48": Problem(spatial=(56, 57), kernel_size=7, dim=48, heads=4, batch=8),
+    "d64_128": Problem(spatial=(4000,), kernel_size=700, dim=64, value_dim=128, heads=4, heads_kv=2),
+    "d192_128": Problem(spatial=(20, 30, 40), kernel_size=(9, 12, 16), dim=192, value_dim=128),
 }
 # Of the norm: what rounding weights and outputs leaves.
 LARGEST_ERROR = {"bfloat16": 3e-3, "float16": 5e-4}

@@ -5,8 +5,9 @@
 // ends and have fewer keys that only some of their queries see.
 #pragma once
 
-#include <cstddef>
+#include <algorithm>
 #include <iterator>
+#include <limits>
 
 #include "cuda/sm90/serve.h"
 
@@ -14,7 +15,8 @@ namespace jax_natten::sm90 {
 
 // What a kernel is compiled for (see Config), and what it takes, as measured on an H100.
 struct Kernel {
-  int dim;
+  int dim;        // of queries and keys, at most
+  int value_dim;  // of values, at most
   int keys;
   int consumers;
   int stages;
@@ -25,15 +27,17 @@ struct Kernel {
 
 // clang-format off
 inline constexpr Kernel kKernels[] = {
-    { 32, 128, 3, 4, 1, true,  {8000, 2700, 2300}},
-    { 32,  64, 1, 4, 4, false, {2500,  470,  420}},
-    { 64, 128, 3, 4, 1, true,  {8000, 3150, 2700}},
-    { 64, 128, 1, 2, 2, false, {2200, 1340, 1230}},
-    { 64,  64, 1, 3, 3, false, {2250,  700,  640}},
-    { 96, 128, 2, 3, 1, true,  {8000, 2300, 2100}},
-    {128, 128, 2, 2, 1, true,  {5000, 2800, 2600}},
-    {192,  96, 2, 2, 1, true,  {6000, 3200, 3000}},
-    {256,  64, 2, 2, 1, true,  {7000, 3100, 2900}},
+    { 32,  32, 128, 3, 4, 1, true,  {8000, 2700, 2300}},
+    { 32,  32,  64, 1, 4, 4, false, {2500,  470,  420}},
+    { 64,  64, 128, 3, 4, 1, true,  {8000, 3150, 2700}},
+    { 64,  64, 128, 1, 2, 2, false, {2200, 1340, 1230}},
+    { 64,  64,  64, 1, 3, 3, false, {2250,  700,  640}},
+    { 64, 128, 128, 2, 3, 1, true,  {6000, 2300, 2100}},
+    { 96,  96, 128, 2, 3, 1, true,  {8000, 2300, 2100}},
+    {128, 128, 128, 2, 2, 1, true,  {5000, 2800, 2600}},
+    {192, 128, 128, 2, 2, 1, true,  {6000, 3600, 3400}},
+    {192, 192,  96, 2, 2, 1, true,  {6000, 3200, 3000}},
+    {256, 256,  64, 2, 2, 1, true,  {7000, 3100, 2900}},
 };
 // clang-format on
 inline constexpr int kKernelCount = static_cast<int>(std::size(kKernels));
@@ -44,13 +48,24 @@ struct Choice {
   Shape shape;
 };
 
-// The least costly of the kernels that serve a problem.
+// Whether a kernel serves a problem, whose rows it pads with zeros.
+inline bool serves(const Kernel& kernel, const Problem<kAxes>& problem) {
+  const bool pads = problem.dim < kernel.dim || problem.value_dim < kernel.value_dim;
+  return problem.dim <= kernel.dim && problem.value_dim <= kernel.value_dim &&
+         (!pads || has_padded_maps(problem));
+}
+
+// The least costly of the kernels that serve a problem, of those that pad the least.
 inline Choice choose(const Problem<kAxes>& problem, int rank, bool has_bias) {
   Choice best{-1, {}};
   if (!can_serve(problem, rank, has_bias)) return best;
+  int least = std::numeric_limits<int>::max();  // channels of keys and values
+  for (const Kernel& kernel : kKernels) {
+    if (serves(kernel, problem)) least = std::min(least, kernel.dim + kernel.value_dim);
+  }
   for (int i = 0; i < kKernelCount; ++i) {
     const Kernel& kernel = kKernels[i];
-    if (kernel.dim != problem.dim) continue;
+    if (!serves(kernel, problem) || kernel.dim + kernel.value_dim > least) continue;
     const Shape shape = choose_shape(problem, rank, kernel.consumers, kernel.keys, kernel.costs);
     if (shape.cost < 0 || (best.kernel >= 0 && shape.cost >= best.shape.cost)) continue;
     best = {i, shape};

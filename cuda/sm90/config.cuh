@@ -16,24 +16,35 @@ namespace jax_natten::sm90 {
 inline constexpr int kWarpgroup = 128;  // threads
 inline constexpr int kRows = 1 << kLogRows;
 
+// A row of so many channels, those beyond the arrays' being zeros. It lies in chunks of up to 128
+// bytes, all rows of a chunk one after the other, the 16-byte units of a row swizzled by its
+// number.
+template <int kDim_>
+struct Row {
+  static constexpr int kDim = kDim_;
+  static constexpr int kBytes = kDim * 2;
+  static constexpr int kChannels = kDim % 64 == 0 ? 64 : 32;  // of a chunk
+  static constexpr int kChunks = kDim / kChannels;
+  static constexpr int kChunkBytes = kChannels * 2;
+};
+
 // kConsumers warpgroups, each of 64 queries, go together through tiles of kKeys keys that lie in
 // kStages places. kBlocks run on a multiprocessor at once. kOverlaps: the logits of a tile are
 // computed while the weights of the one before are applied; else other blocks fill the gaps.
-template <typename Element_, int kDim_, int kKeys_, int kConsumers_, int kStages_, int kBlocks_,
-          bool kOverlaps_>
+template <typename Element_, int kDim, int kValueDim, int kKeys_, int kConsumers_, int kStages_,
+          int kBlocks_, bool kOverlaps_>
 struct Config {
   using Element = Element_;
-  static constexpr int kDim = kDim_, kKeys = kKeys_, kConsumers = kConsumers_, kStages = kStages_;
+  static constexpr int kKeys = kKeys_, kConsumers = kConsumers_, kStages = kStages_;
   static constexpr int kBlocks = kBlocks_;
   static constexpr bool kOverlaps = kOverlaps_;
 
-  // A row lies in chunks of up to 128 bytes, all rows of a chunk one after the other, the 16-byte
-  // units of a row swizzled by its number.
-  static constexpr int kChannels = kDim % 64 == 0 ? 64 : 32;
-  static constexpr int kChunks = kDim / kChannels;
-  static constexpr int kRowBytes = kChannels * 2;
-  static constexpr int kQueryBytes = kRows * kDim * 2;  // of a consumer
-  static constexpr int kKeyBytes = kKeys * kDim * 2;    // of a stage
+  using KeyRow = Row<kDim>;                                   // of queries too
+  using ValueRow = Row<kValueDim>;                            // of outputs too
+  static constexpr int kQueryBytes = kRows * KeyRow::kBytes;  // of a consumer
+  static constexpr int kOutBytes = kRows * ValueRow::kBytes;
+  static constexpr int kKeyBytes = kKeys * KeyRow::kBytes;  // of a stage
+  static constexpr int kValueBytes = kKeys * ValueRow::kBytes;
 
   // The helpers follow the consumers: two warps, in a warpgroup of their own where consumers need
   // the registers that helpers can give.
@@ -45,9 +56,10 @@ struct Config {
 
   // Outputs leave through memory of their own where there is room, so that the next queries can
   // come while they do; else through that of the queries.
-  static constexpr int kOutBytes = kConsumers * kQueryBytes;
   static constexpr bool kHasOut =
-      2 * kOutBytes + 2 * kStages * kKeyBytes + 8192 <= 227 * 1024 / kBlocks;
+      kConsumers * (kQueryBytes + kOutBytes) + kStages * (kKeyBytes + kValueBytes) + 8192 <=
+      227 * 1024 / kBlocks;
+  static_assert(kHasOut || kOutBytes <= kQueryBytes);
 };
 
 // Barriers in pairs: something is there, and its place is free again.
@@ -69,8 +81,8 @@ struct Shared {
 
   alignas(1024) unsigned char q[Config::kConsumers][Config::kQueryBytes];
   alignas(1024) unsigned char k[kStages][Config::kKeyBytes];
-  alignas(1024) unsigned char v[kStages][Config::kKeyBytes];
-  alignas(1024) unsigned char own_out[Config::kHasOut ? Config::kOutBytes : 1];
+  alignas(1024) unsigned char v[kStages][Config::kValueBytes];
+  alignas(1024) unsigned char own_out[Config::kHasOut ? Config::kConsumers * Config::kOutBytes : 1];
   Plan<Config::kConsumers * kRows> plan[2];
   KeyBox box[kBoxes];
   Handover plans[2];
@@ -80,7 +92,7 @@ struct Shared {
   Handover values[kStages];
 
   __device__ __forceinline__ unsigned char* out(int consumer) {
-    return Config::kHasOut ? own_out + consumer * Config::kQueryBytes : q[consumer];
+    return Config::kHasOut ? own_out + consumer * Config::kOutBytes : q[consumer];
   }
 
   __device__ void init_barriers() {

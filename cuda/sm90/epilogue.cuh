@@ -8,7 +8,8 @@ namespace jax_natten::sm90 {
 
 template <typename Config>
 struct Epilogue {
-  static constexpr int kOutputs = Config::kDim / 2;
+  using Row = typename Config::ValueRow;
+  static constexpr int kOutputs = Row::kDim / 2;
   using Element = typename Config::Element;
 
   Shared<Config>& shared;
@@ -24,7 +25,7 @@ struct Epilogue {
   __device__ __forceinline__ void store_outputs(const float (&out)[kOutputs],
                                                 const float (&factor)[kLaneRows],
                                                 const int (&query)[kAxes], int head, int sample) {
-    constexpr int kUnits = Config::kRowBytes / 16;
+    constexpr int kUnits = Row::kChunkBytes / 16;
     unsigned char* memory = shared.out(number);
     const int lane = lane_id();
     const int row = warp_of_warpgroup() * 16 + lane % 16;
@@ -34,10 +35,10 @@ struct Epilogue {
       synchronize_warpgroup(1 + number);
     }
 #pragma unroll
-    for (int i = 0; i < Config::kDim / 16; ++i) {
+    for (int i = 0; i < Row::kDim / 16; ++i) {
       const int chunk = 2 * i / kUnits, unit = (2 * i % kUnits + lane / 16) ^ swizzle;
-      const uint32_t address = shared_address(memory) + chunk * kRows * Config::kRowBytes +
-                               row * Config::kRowBytes + unit * 16;
+      const uint32_t address = shared_address(memory) + chunk * kRows * Row::kChunkBytes +
+                               row * Row::kChunkBytes + unit * 16;
       const float* x = out + 8 * i;
       store_blocks(address, pair<Element>(x[0] * factor[0], x[1] * factor[0]),
                    pair<Element>(x[2] * factor[1], x[3] * factor[1]),
@@ -48,10 +49,9 @@ struct Epilogue {
     synchronize_warpgroup(1 + number);
     if (is_leader) {
 #pragma unroll
-      for (int chunk = 0; chunk < Config::kChunks; ++chunk) {
-        store_box(&maps.out, shared_address(memory) + chunk * kRows * Config::kRowBytes,
-                  {head * Config::kDim + chunk * Config::kChannels, query[2], query[1], query[0],
-                   sample});
+      for (int chunk = 0; chunk < Row::kChunks; ++chunk) {
+        store_box(&maps.out, shared_address(memory) + chunk * kRows * Row::kChunkBytes,
+                  maps.values.corner(sample, query, head, chunk * Row::kChannels));
       }
       commit_stores();
       if constexpr (!Config::kHasOut) wait_for_store_reads();

@@ -22,7 +22,7 @@ __device__ void consume(Shared<Config>& shared, const Maps& maps, const Tensor<f
     const auto& plan = shared.plan[plans.place];
     const Mask mask(plan, shape, number);
     Softmax softmax(shape.scale);
-    float out[Config::kDim / 2];
+    float out[Consumer<Config>::kOutputs];
 #pragma unroll
     for (float& x : out) x = 0;
     Handover& queries = shared.queries[number];

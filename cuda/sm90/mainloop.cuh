@@ -19,18 +19,20 @@ __device__ __forceinline__ uint32_t operand_at(const void* memory, uint32_t chun
 }
 
 // The operand so many bytes on. The high word: the distance of groups of 8 rows, and the swizzle.
-template <typename Config>
+template <typename Row>
 __device__ __forceinline__ uint64_t operand(uint32_t word, uint32_t bytes) {
-  constexpr uint32_t kSwizzle = Config::kRowBytes == 128 ? 1 : 2;
-  constexpr uint32_t kHigh = (8 * Config::kRowBytes) >> 4 | kSwizzle << 30;
+  constexpr uint32_t kSwizzle = Row::kChunkBytes == 128 ? 1 : 2;
+  constexpr uint32_t kHigh = (8 * Row::kChunkBytes) >> 4 | kSwizzle << 30;
   return uint64_t{kHigh} << 32 | (word + (bytes >> 4));
 }
 
 template <typename Config>
 struct Consumer {
-  static constexpr int kDim = Config::kDim, kKeys = Config::kKeys;
-  static constexpr int kLogits = kKeys / 2, kOutputs = kDim / 2;  // of a lane
   using Element = typename Config::Element;
+  using KeyRow = typename Config::KeyRow;
+  using ValueRow = typename Config::ValueRow;
+  static constexpr int kKeys = Config::kKeys;
+  static constexpr int kLogits = kKeys / 2, kOutputs = ValueRow::kDim / 2;  // of a lane
 
   Shared<Config>& shared;
   const Shape& shape;
@@ -47,18 +49,18 @@ struct Consumer {
         is_leader(threadIdx.x % kWarpgroup == 0),
         q_word(operand_at(shared.q[number])),
         k_word(operand_at(shared.k[0])),
-        v_word(operand_at(shared.v[0], kKeys * Config::kRowBytes)) {}
+        v_word(operand_at(shared.v[0], kKeys * ValueRow::kChunkBytes)) {}
 
   // s = q k^T, begun.
   __device__ __forceinline__ void begin_logits(float (&s)[kLogits]) {
-    constexpr int kSteps = Config::kChannels / 16;  // of a chunk
+    constexpr int kSteps = KeyRow::kChannels / 16;  // of a chunk
     const uint32_t k = k_word + key.place * (Config::kKeyBytes >> 4);
 #pragma unroll
-    for (int i = 0; i < kDim / 16; ++i) {
+    for (int i = 0; i < KeyRow::kDim / 16; ++i) {
       const int chunk = i / kSteps, within = i % kSteps * 32;
       Product<Element, kKeys>::rows(
-          s, operand<Config>(q_word, chunk * kRows * Config::kRowBytes + within),
-          operand<Config>(k, chunk * kKeys * Config::kRowBytes + within), i > 0);
+          s, operand<KeyRow>(q_word, chunk * kRows * KeyRow::kChunkBytes + within),
+          operand<KeyRow>(k, chunk * kKeys * KeyRow::kChunkBytes + within), i > 0);
     }
     commit_products();
   }
@@ -66,11 +68,11 @@ struct Consumer {
   // out += p v, begun.
   __device__ __forceinline__ void begin_outputs(float (&out)[kOutputs],
                                                 const uint32_t (&p)[kLogits / 2]) {
-    const uint32_t v = v_word + value.place * (Config::kKeyBytes >> 4);
+    const uint32_t v = v_word + value.place * (Config::kValueBytes >> 4);
 #pragma unroll
     for (int i = 0; i < kKeys / 16; ++i) {
-      Product<Element, kDim>::weights(out, p + 4 * i,
-                                      operand<Config>(v, i * 16 * Config::kRowBytes));
+      Product<Element, ValueRow::kDim>::weights(
+          out, p + 4 * i, operand<ValueRow>(v, i * 16 * ValueRow::kChunkBytes));
     }
     commit_products();
   }

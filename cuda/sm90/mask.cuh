@@ -103,7 +103,8 @@ template <typename Config, int kQueries>
 __device__ __noinline__ void clear_missing_values(unsigned char* values, const Plan<kQueries>& plan,
                                                   const Shape& shape, const KeyBox& box,
                                                   int barrier) {
-  constexpr int kUnits = Config::kRowBytes / 16;
+  using Row = typename Config::ValueRow;
+  constexpr int kUnits = Row::kChunkBytes / 16;
   const auto thread = static_cast<int>(threadIdx.x) % kWarpgroup;
   int left[kAxes];  // existing keys, from the tile's first
   for (int a = 0; a < kAxes; ++a) {
@@ -115,8 +116,8 @@ __device__ __noinline__ void clear_missing_values(unsigned char* values, const P
     const int x = key % shape.keys[2], y = key / shape.keys[2] % shape.keys[1];
     const int z = key / shape.keys[2] / shape.keys[1];
     if (z < left[0] && y < left[1] && x < left[2]) continue;
-    for (int chunk = 0; chunk < Config::kChunks; ++chunk) {
-      store_zeros(shared_address(values) + chunk * Config::kKeys * Config::kRowBytes + i * 16);
+    for (int chunk = 0; chunk < Row::kChunks; ++chunk) {
+      store_zeros(shared_address(values) + chunk * Config::kKeys * Row::kChunkBytes + i * 16);
     }
   }
   publish_writes();

@@ -21,6 +21,11 @@ inline bool is_hopper() {
          attribute(cudaDevAttrComputeCapabilityMinor) == 0;
 }
 
+template <typename Row>
+Channels channels(int64_t dim) {
+  return {static_cast<int>(dim), dim != Row::kDim};
+}
+
 template <typename Config>
 cudaError_t launch(cudaStream_t stream, const ForwardArrays<typename Config::Element>& arrays,
                    const Problem<kAxes>& problem, const Shape& shape) {
@@ -29,8 +34,10 @@ cudaError_t launch(cudaStream_t stream, const ForwardArrays<typename Config::Ele
   const Encode encoder = tensor_map_encoder();
   if (count >= int64_t{1} << 31 || encoder == nullptr) return kNotServed;
   Maps maps;
-  Boxes<Element> queries{arrays.q.data, problem.samples,   {}, problem.heads,
-                         problem.dim,   Config::kChannels, {}, {}};
+  maps.keys = channels<typename Config::KeyRow>(problem.dim);
+  maps.values = channels<typename Config::ValueRow>(problem.value_dim);
+  Boxes<Element> queries{arrays.q.data, problem.samples,           {}, problem.heads,
+                         maps.keys,     Config::KeyRow::kChannels, {}, {}};
   Boxes<Element> keys = queries;
   keys.heads = problem.heads_kv;
   for (int a = 0; a < kAxes; ++a) {
@@ -44,6 +51,8 @@ cudaError_t launch(cudaStream_t stream, const ForwardArrays<typename Config::Ele
   keys.data = arrays.k.data;
   values.data = arrays.v.data;
   outputs.data = arrays.out.data;
+  values.channels = outputs.channels = maps.values;
+  values.chunk = outputs.chunk = Config::ValueRow::kChannels;
   if (!queries.encode(encoder, maps.q) || !keys.encode(encoder, maps.k) ||
       !values.encode(encoder, maps.v) || !outputs.encode(encoder, maps.out)) {
     return kNotServed;
@@ -74,9 +83,9 @@ cudaError_t launch(cudaStream_t stream, const ForwardArrays<typename Config::Ele
 }
 
 template <typename Element, int kIndex>
-using ConfigOf =
-    Config<Element, kKernels[kIndex].dim, kKernels[kIndex].keys, kKernels[kIndex].consumers,
-           kKernels[kIndex].stages, kKernels[kIndex].blocks, kKernels[kIndex].overlaps>;
+using ConfigOf = Config<Element, kKernels[kIndex].dim, kKernels[kIndex].value_dim,
+                        kKernels[kIndex].keys, kKernels[kIndex].consumers, kKernels[kIndex].stages,
+                        kKernels[kIndex].blocks, kKernels[kIndex].overlaps>;
 
 template <typename Element, int... kIndices>
 cudaError_t launch_chosen(cudaStream_t stream, const ForwardArrays<Element>& arrays,

@@ -42,6 +42,9 @@ __device__ void run_planner(Shared<Config>& shared, const Problem<kAxes>& proble
 
 template <typename Config>
 struct Producer {
+  using KeyRow = typename Config::KeyRow;
+  using ValueRow = typename Config::ValueRow;
+
   Shared<Config>& shared;
   const Maps& maps;
   const Problem<kAxes>& problem;
@@ -50,15 +53,15 @@ struct Producer {
   Cursor<Shared<Config>::kBoxes> boxes;
 
   // All chunks of the rows of a head.
-  template <int kRowCount>
-  __device__ __forceinline__ void load(unsigned char* to, const CUtensorMap* map, Barrier& full,
-                                       int head, const int (&at)[kAxes], int sample) {
-    full.arrive_expecting(kRowCount * Config::kDim * 2);
+  template <typename Row, int kRowCount>
+  __device__ __forceinline__ void load(unsigned char* to, const CUtensorMap* map,
+                                       const Channels& channels, Barrier& full, int head,
+                                       const int (&at)[kAxes], int sample) {
+    full.arrive_expecting(kRowCount * Row::kBytes);
 #pragma unroll
-    for (int chunk = 0; chunk < Config::kChunks; ++chunk) {
-      const int channel = head * Config::kDim + chunk * Config::kChannels;
-      load_box(shared_address(to) + chunk * kRowCount * Config::kRowBytes, map, &full,
-               {channel, at[2], at[1], at[0], sample});
+    for (int chunk = 0; chunk < Row::kChunks; ++chunk) {
+      load_box(shared_address(to) + chunk * kRowCount * Row::kChunkBytes, map, &full,
+               channels.corner(sample, at, head, chunk * Row::kChannels));
     }
   }
 
@@ -74,7 +77,8 @@ struct Producer {
       }
       Handover& queries = shared.queries[consumer];
       queries.free.wait(parity ^ 1);
-      load<kRows>(shared.q[consumer], &maps.q, queries.full, plan.head, at, plan.sample);
+      load<KeyRow, kRows>(shared.q[consumer], &maps.q, maps.keys, queries.full, plan.head, at,
+                          plan.sample);
     }
   }
 
@@ -93,10 +97,12 @@ struct Producer {
       shared.box[boxes.place].bit[a] = bits_of(shape, a, begin);
       at[a] = plan.key[a] + begin * static_cast<int>(problem.window[a].dilation);
     }
-    load<Config::kKeys>(shared.k[stage.place], &maps.k, keys.full, plan.kv_head, at, plan.sample);
+    load<KeyRow, Config::kKeys>(shared.k[stage.place], &maps.k, maps.keys, keys.full, plan.kv_head,
+                                at, plan.sample);
     between();
     values.free.wait(stage.parity ^ 1);
-    load<Config::kKeys>(shared.v[stage.place], &maps.v, values.full, plan.kv_head, at, plan.sample);
+    load<ValueRow, Config::kKeys>(shared.v[stage.place], &maps.v, maps.values, values.full,
+                                  plan.kv_head, at, plan.sample);
     stage.advance();
     boxes.advance();
   }

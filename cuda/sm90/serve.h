@@ -15,15 +15,23 @@ inline bool has_room(const Problem<kAxes>& problem, int rank) {
   return rank > 1 || fits_box(kLeastTile, last.dilation);
 }
 
+// Whether the copy engine can read rows that a kernel pads: their map has an axis of heads, which
+// leaves none for the samples of three axes.
+inline bool has_padded_maps(const Problem<kAxes>& problem) {
+  return problem.samples == 1 || (problem.query_shape[0] == 1 && problem.key_shape[0] == 1);
+}
+
 // Whether the kernels know everything that a forward call asks for.
 inline bool can_serve(const Problem<kAxes>& problem, int rank, bool has_bias) {
+  constexpr int64_t kUnit = 8;                // channels whose bytes the copy engine can count
   constexpr int64_t kEnd = int64_t{1} << 26;  // of an axis, so that bits of masks never overflow
   for (int a = 0; a < kAxes; ++a) {
     if (problem.query_shape[a] >= kEnd || problem.key_shape[a] >= kEnd) return false;
     if (problem.query_shape[a] == 0 || problem.key_shape[a] == 0) return false;
     if (problem.window[a].dilation > kMostStep) return false;
   }
-  return problem.dim == problem.value_dim && problem.scale > 0 && !has_bias &&
+  const auto is_dim = [](int64_t dim) { return dim > 0 && dim % kUnit == 0; };
+  return is_dim(problem.dim) && is_dim(problem.value_dim) && problem.scale > 0 && !has_bias &&
          problem.samples * problem.heads > 0 && has_room(problem, rank);
 }
 
