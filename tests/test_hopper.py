@@ -60,8 +60,22 @@ def test_what_is_served():
     assert not any(serves(replace(plain, dim=a, value_dim=b)) for a, b in ((64, 12), (12, 64), (64, 264), (264, 64)))
     assert all(serves(replace(plain, dilation=d)) for d in range(1, 9))
     assert not serves(replace(plain, dilation=9))
-    assert not serves(replace(plain, rpb=True))
     assert not any(serves(replace(plain, scale=scale)) for scale in (0.0, -1.0))
+
+
+@hopper[-1]
+def test_biases_whose_table_fits_in_shared_memory_are_served():
+    plain = Problem(spatial=(64, 64), kernel_size=7, dim=64, rpb=True)
+    assert all(serves(replace(plain, dim=dim, batch=2)) for dim in range(8, 129, 8))
+    assert not any(serves(replace(plain, dim=dim)) for dim in range(136, 257, 8))
+    assert serves(replace(plain, dim=64, value_dim=128)) and not serves(replace(plain, dim=192, value_dim=128))
+    for dim in (32, 64, 96, 128):
+        assert all(serves(replace(plain, kernel_size=size, dim=dim)) for size in (1, 13, 31))
+        assert not serves(replace(plain, kernel_size=61, dim=dim))
+        assert serves(replace(plain, spatial=(2000,), kernel_size=1500, dim=dim))
+        assert not serves(replace(plain, spatial=(8, 400), kernel_size=(8, 400), dim=dim))
+        assert serves(replace(plain, spatial=(12, 20, 30), kernel_size=(5, 7, 9), dim=dim))
+    assert serves(replace(plain, scale=1e-3)) and not serves(replace(plain, scale=1e-30))
 
 
 @hopper[-1]
@@ -171,6 +185,9 @@ PROBLEMS = {
     "d192": Problem(spatial=(12, 13), kernel_size=(5, 6), dim=192, batch=2, lengths=((12, 13), (7, 9))),
     "d256": Problem(spatial=(4, 6, 9), kernel_size=(3, 2, 5), dim=256),
     "additional": Problem(spatial=(12, 12), kernel_size=5, dim=64, additional=3),
+    "padded": Problem(spatial=(12, 13), kernel_size=(5, 6), dim=72, value_dim=40, batch=2, lengths=((12, 13), (7, 9))),
+    "rpb": Problem(spatial=(20, 25), kernel_size=(5, 7), dim=64, batch=2, lengths=((20, 25), (19, 11)), rpb=True),
+    "rpb_additional": Problem(spatial=(12, 12), kernel_size=5, dim=32, additional=3, rpb=True, rpb_dtype="float32"),
 }
 
 
@@ -200,6 +217,21 @@ def forward(problem: Problem):
     return jax.jit(lambda arrays: fused(problem.rank)(**arrays, **static, return_lse=True, backend="native"))
 
 
+BIASED = {
+    "1d": PADDED["1d"],
+    "1d_long": Problem(spatial=(300,), kernel_size=200, heads=4, heads_kv=1, scale=0.3),
+    "2d": PADDED["2d"],
+    "2d_stride": Problem(
+        spatial=(21, 30), kernel_size=(12, 9), stride=(3, 2), dilation=(1, 2), is_causal=(True, False)
+    ),
+    "2d_clip": Problem(spatial=(20, 25), kernel_size=(9, 6), dilation=(1, 2), border="clip", heads_kv=1),
+    "2d_wrap": Problem(spatial=(20, 24), kernel_size=(5, 6), dilation=(2, 1), border="wrap", batch=2),
+    "2d_13": Problem(spatial=(30, 33), kernel_size=13),
+    "3d": PADDED["3d"],
+    "3d_even": Problem(spatial=(7, 9, 17), kernel_size=(4, 6, 8), dilation=(1, 1, 2)),
+}
+
+
 def check_forward(problem: Problem) -> None:
     """out and lse against brute force, also beside heads of NaN: heads do not hear of their neighbors in memory."""
     assert serves(problem)
@@ -210,7 +242,9 @@ def check_forward(problem: Problem) -> None:
         assert_close(out[..., heads, :], expected_out[..., heads, :], err_msg=f"out of {heads}")
         assert_close(lse[..., heads], expected_lse[..., heads], err_msg=f"lse of {heads}")
         for name in ("query", "key", "value"):
-            arrays[name][..., arrays[name].shape[-2] // 2 :, :] = np.nan
+            arrays[name][..., (arrays[name].shape[-2] + 1) // 2 :, :] = np.nan
+        if problem.rpb:
+            arrays["rpb"][problem.heads // 2 :] = np.nan
 
 
 @on_hopper
@@ -219,6 +253,26 @@ def check_forward(problem: Problem) -> None:
 def test_dims(dims, name):
     dtype = "bfloat16" if DIMS.index(dims) % 2 else "float16"
     check_forward(replace(PADDED[name], dim=dims[0], value_dim=dims[1], dtype=dtype))
+
+
+@on_hopper
+@pytest.mark.parametrize("name", BIASED)
+@pytest.mark.parametrize("dims", [(32, 32), (64, 64), (96, 96), (128, 128), (40, 56)], ids=str)
+def test_biases(dims, name):
+    dtypes = {"dtype": "bfloat16"} if dims[0] < 96 else {"dtype": "float16", "rpb_dtype": "float32"}
+    check_forward(replace(BIASED[name], dim=dims[0], value_dim=dims[1], rpb=True, **dtypes))
+
+
+@on_hopper
+@pytest.mark.parametrize("dim", [32, 64, 128])
+def test_infinite_biases_exclude_keys(dim):
+    problem = Problem(spatial=(20, 25), kernel_size=(5, 7), dim=dim, rpb=True, dtype="bfloat16")
+    arrays = problem.arrays()
+    arrays["rpb"][:, :, ::3] = -np.inf
+    out, lse = forward(problem)(arrays)
+    expected_out, expected_lse = reference.fused(**arrays, **problem.window)
+    assert_close(out, expected_out)
+    assert_close(lse, expected_lse)
 
 
 LARGE = {
@@ -233,6 +287,11 @@ LARGE = {
     "d96": Problem(spatial=(90, 100), kernel_size=(31, 40), dim=96),
     "d192": Problem(spatial=(90, 100), kernel_size=(31, 40), dim=192),
     "d256": Problem(spatial=(90, 100), kernel_size=(31, 40), dim=256),
+    "rpb_2d": Problem(spatial=(128, 128), kernel_size=13, dim=64, batch=2, rpb=True),
+    "rpb_1d": Problem(spatial=(4000,), kernel_size=700, dim=128, heads=4, heads_kv=2, rpb=True),
+    "rpb_3d": Problem(spatial=(16, 24, 40), kernel_size=(5, 6, 8), dim=96, rpb=True),
+    "rpb_d32": Problem(spatial=(56, 57), kernel_size=7, dim=32, heads=4, batch=8, rpb=True),
+    "rpb_d128": Problem(spatial=(90, 100), kernel_size=31, dim=128, rpb=True),
     "d80": Problem(spatial=(90, 100), kernel_size=(31, 40), dim=80, batch=2),
     "d48": Problem(spatial=(56, 57), kernel_size=7, dim=48, heads=4, batch=8),
     "d64_128": Problem(spatial=(4000,), kernel_size=700, dim=64, value_dim=128, heads=4, heads_kv=2),
@@ -240,6 +299,11 @@ LARGE = {
 }
 # Of the norm: what rounding weights and outputs leaves.
 LARGEST_ERROR = {"bfloat16": 3e-3, "float16": 5e-4}
+
+
+@hopper[-1]
+def test_problems_are_served():
+    assert all(map(serves, [*PROBLEMS.values(), *LARGE.values()]))
 
 
 @on_hopper
@@ -267,7 +331,7 @@ def test_large(name, dtype):
 
 
 @on_hopper
-@pytest.mark.parametrize("name", ["1d", "2d_lengths", "3d_dilated"])
+@pytest.mark.parametrize("name", ["1d", "2d_lengths", "3d_dilated", "padded", "rpb"])
 def test_every_element_is_written(name):
     """Results land in memory that held NaN."""
     problem = replace(PROBLEMS[name], dtype="bfloat16") if name in PROBLEMS else LARGE[name]

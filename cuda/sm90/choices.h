@@ -5,10 +5,10 @@
 // ends and have fewer keys that only some of their queries see.
 #pragma once
 
-#include <algorithm>
 #include <iterator>
 #include <limits>
 
+#include "cuda/sm90/bias.h"
 #include "cuda/sm90/serve.h"
 
 namespace jax_natten::sm90 {
@@ -22,22 +22,31 @@ struct Kernel {
   int stages;
   int blocks;
   bool overlaps;
+  int biases;  // room for entries of a head's table; none without
   Costs costs;
 };
 
 // clang-format off
 inline constexpr Kernel kKernels[] = {
-    { 32,  32, 128, 3, 4, 1, true,  {8000, 2700, 2300}},
-    { 32,  32,  64, 1, 4, 4, false, {2500,  470,  420}},
-    { 64,  64, 128, 3, 4, 1, true,  {8000, 3150, 2700}},
-    { 64,  64, 128, 1, 2, 2, false, {2200, 1340, 1230}},
-    { 64,  64,  64, 1, 3, 3, false, {2250,  700,  640}},
-    { 64, 128, 128, 2, 3, 1, true,  {6000, 2300, 2100}},
-    { 96,  96, 128, 2, 3, 1, true,  {8000, 2300, 2100}},
-    {128, 128, 128, 2, 2, 1, true,  {5000, 2800, 2600}},
-    {192, 128, 128, 2, 2, 1, true,  {6000, 3600, 3400}},
-    {192, 192,  96, 2, 2, 1, true,  {6000, 3200, 3000}},
-    {256, 256,  64, 2, 2, 1, true,  {7000, 3100, 2900}},
+    { 32,  32, 128, 3, 4, 1, true,     0, {8000, 2700, 2300}},
+    { 32,  32,  64, 1, 4, 4, false,    0, {2500,  470,  420}},
+    { 32,  32, 128, 3, 4, 1, true,  8000, {8000, 3000, 2600}},
+    { 32,  32,  64, 1, 4, 4, false, 1700, {2600,  570,  520}},
+    { 64,  64, 128, 3, 4, 1, true,     0, {8000, 3150, 2700}},
+    { 64,  64, 128, 1, 2, 2, false,    0, {2200, 1340, 1230}},
+    { 64,  64,  64, 1, 3, 3, false,    0, {2250,  700,  640}},
+    { 64,  64, 128, 3, 4, 1, true,  6000, {8000, 3450, 3000}},
+    { 64,  64,  64, 1, 3, 3, false, 1150, {2350,  800,  740}},
+    { 64, 128, 128, 2, 3, 1, true,     0, {6000, 2300, 2100}},
+    { 96,  96, 128, 2, 3, 1, true,     0, {8000, 2300, 2100}},
+    { 96,  96, 128, 2, 3, 1, true,  7000, {8000, 2700, 2500}},
+    { 96,  96,  64, 1, 3, 2, false, 1150, {3000, 1150, 1080}},
+    {128, 128, 128, 2, 2, 1, true,     0, {5000, 2800, 2600}},
+    {128, 128, 128, 2, 2, 1, true,  8000, {5000, 3200, 3000}},
+    {128, 128,  64, 1, 2, 2, false, 1150, {3800, 1350, 1280}},
+    {192, 128, 128, 2, 2, 1, true,     0, {6000, 3600, 3400}},
+    {192, 192,  96, 2, 2, 1, true,     0, {6000, 3200, 3000}},
+    {256, 256,  64, 2, 2, 1, true,     0, {7000, 3100, 2900}},
 };
 // clang-format on
 inline constexpr int kKernelCount = static_cast<int>(std::size(kKernels));
@@ -49,26 +58,26 @@ struct Choice {
 };
 
 // Whether a kernel serves a problem, whose rows it pads with zeros.
-inline bool serves(const Kernel& kernel, const Problem<kAxes>& problem) {
+inline bool serves(const Kernel& kernel, const Problem<kAxes>& problem, bool has_bias) {
   const bool pads = problem.dim < kernel.dim || problem.value_dim < kernel.value_dim;
-  return problem.dim <= kernel.dim && problem.value_dim <= kernel.value_dim &&
-         (!pads || has_padded_maps(problem));
+  return (kernel.biases > 0) == has_bias && problem.dim <= kernel.dim &&
+         problem.value_dim <= kernel.value_dim && (!pads || has_padded_maps(problem));
 }
 
-// The least costly of the kernels that serve a problem, of those that pad the least.
+// Of the kernels that serve a problem those that pad the least, of these the least costly.
 inline Choice choose(const Problem<kAxes>& problem, int rank, bool has_bias) {
   Choice best{-1, {}};
   if (!can_serve(problem, rank, has_bias)) return best;
   int least = std::numeric_limits<int>::max();  // channels of keys and values
-  for (const Kernel& kernel : kKernels) {
-    if (serves(kernel, problem)) least = std::min(least, kernel.dim + kernel.value_dim);
-  }
   for (int i = 0; i < kKernelCount; ++i) {
     const Kernel& kernel = kKernels[i];
-    if (!serves(kernel, problem) || kernel.dim + kernel.value_dim > least) continue;
+    const int channels = kernel.dim + kernel.value_dim;
+    if (!serves(kernel, problem, has_bias) || channels > least) continue;
     const Shape shape = choose_shape(problem, rank, kernel.consumers, kernel.keys, kernel.costs);
-    if (shape.cost < 0 || (best.kernel >= 0 && shape.cost >= best.shape.cost)) continue;
+    if (shape.cost < 0 || (channels == least && shape.cost >= best.shape.cost)) continue;
+    if (has_bias && with_biases(shape, problem, {}).room > kernel.biases) continue;
     best = {i, shape};
+    least = channels;
   }
   return best;
 }

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda/sm90/bias.h"
 #include "cuda/sm90/plan.cuh"
 #include "cuda/sm90/ptx.cuh"
 
@@ -31,13 +32,17 @@ struct Row {
 // kConsumers warpgroups, each of 64 queries, go together through tiles of kKeys keys that lie in
 // kStages places. kBlocks run on a multiprocessor at once. kOverlaps: the logits of a tile are
 // computed while the weights of the one before are applied; else other blocks fill the gaps.
+// kBiases: room for entries of a head's table of biases, 0 in kernels without.
 template <typename Element_, int kDim, int kValueDim, int kKeys_, int kConsumers_, int kStages_,
-          int kBlocks_, bool kOverlaps_>
+          int kBlocks_, bool kOverlaps_, int kBiases_>
 struct Config {
   using Element = Element_;
   static constexpr int kKeys = kKeys_, kConsumers = kConsumers_, kStages = kStages_;
   static constexpr int kBlocks = kBlocks_;
   static constexpr bool kOverlaps = kOverlaps_;
+  static constexpr int kBiases = kBiases_;
+  static constexpr bool kHasBias = kBiases > 0;
+  using Shape = std::conditional_t<kHasBias, BiasedShape, sm90::Shape>;
 
   using KeyRow = Row<kDim>;                                   // of queries too
   using ValueRow = Row<kValueDim>;                            // of outputs too
@@ -56,9 +61,9 @@ struct Config {
 
   // Outputs leave through memory of their own where there is room, so that the next queries can
   // come while they do; else through that of the queries.
-  static constexpr bool kHasOut =
-      kConsumers * (kQueryBytes + kOutBytes) + kStages * (kKeyBytes + kValueBytes) + 8192 <=
-      227 * 1024 / kBlocks;
+  static constexpr bool kHasOut = kConsumers * (kQueryBytes + kOutBytes) +
+                                      kStages * (kKeyBytes + kValueBytes) + 8 * kBiases + 8192 <=
+                                  227 * 1024 / kBlocks;
   static_assert(kHasOut || kOutBytes <= kQueryBytes);
 };
 
@@ -71,7 +76,19 @@ struct Handover {
 // Where a tile of keys begins, in bits of masks from the first key that the block's queries see.
 struct KeyBox {
   alignas(16) int bit[kAxes];
+  int entry;  // and from the entry of that key, in a table of biases
 };
+
+// A plan, and where there are biases the table of its head, and each query's entry of the first
+// key.
+template <int kQueryCount, int kBiases>
+struct PlanOf : Plan<kQueryCount> {
+  static constexpr int kQueries = kQueryCount;
+  float bias[kBiases];
+  int entry[kQueries];
+};
+template <int kQueryCount>
+struct PlanOf<kQueryCount, 0> : Plan<kQueryCount> {};
 
 template <typename Config>
 struct Shared {
@@ -83,7 +100,7 @@ struct Shared {
   alignas(1024) unsigned char k[kStages][Config::kKeyBytes];
   alignas(1024) unsigned char v[kStages][Config::kValueBytes];
   alignas(1024) unsigned char own_out[Config::kHasOut ? Config::kConsumers * Config::kOutBytes : 1];
-  Plan<Config::kConsumers * kRows> plan[2];
+  PlanOf<Config::kConsumers * kRows, Config::kBiases> plan[2];
   KeyBox box[kBoxes];
   Handover plans[2];
   Barrier windows[2];  // the plan's, which are there later

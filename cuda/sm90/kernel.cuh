@@ -10,8 +10,8 @@ namespace jax_natten::sm90 {
 
 template <typename Config>
 __device__ void consume(Shared<Config>& shared, const Maps& maps, const Tensor<float>& lse,
-                        const Problem<kAxes>& problem, const Shape& shape, int number,
-                        const QueryTiles& tiles) {
+                        const Problem<kAxes>& problem, const typename Config::Shape& shape,
+                        int number, const QueryTiles& tiles) {
   Consumer<Config> consumer(shared, shape, number);
   Epilogue<Config> epilogue{shared, maps, lse, problem, shape, number, consumer.is_leader};
   Cursor<2> plans;
@@ -49,7 +49,8 @@ template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     forward_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Tensor<float> lse,
                    const __grid_constant__ Problem<kAxes> problem,
-                   const __grid_constant__ Shape shape, const __grid_constant__ QueryTiles tiles) {
+                   const __grid_constant__ typename Config::Shape shape,
+                   const __grid_constant__ QueryTiles tiles) {
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& shared = *reinterpret_cast<Shared<Config>*>(memory);
   if (threadIdx.x == 0) shared.init_barriers();

@@ -1,11 +1,12 @@
 // A consumer's way through the tiles of keys:
-//   s = q k^T, p = the weights of s, out = out * shrink + p v.
+//   s = q k^T (+ biases), p = the weights of s, out = out * shrink + p v.
 //
 // Tiles that need a mask come first, then those that need none. While the matrix units work on
 // p v of one tile, the warpgroup takes the exponentials of the next one's s, whose product was
 // begun before.
 #pragma once
 
+#include "cuda/sm90/bias.cuh"
 #include "cuda/sm90/products.cuh"
 #include "cuda/sm90/softmax.cuh"
 
@@ -35,14 +36,15 @@ struct Consumer {
   static constexpr int kLogits = kKeys / 2, kOutputs = ValueRow::kDim / 2;  // of a lane
 
   Shared<Config>& shared;
-  const Shape& shape;
+  const typename Config::Shape& shape;
   int number;  // of the consumers, uniform
   bool is_leader;
   uint32_t q_word, k_word, v_word;
   Cursor<Config::kStages> key, value;
   Cursor<Shared<Config>::kBoxes> box;
 
-  __device__ __forceinline__ Consumer(Shared<Config>& shared, const Shape& shape, int number)
+  __device__ __forceinline__ Consumer(Shared<Config>& shared, const typename Config::Shape& shape,
+                                      int number)
       : shared(shared),
         shape(shape),
         number(number),
@@ -51,7 +53,7 @@ struct Consumer {
         k_word(operand_at(shared.k[0])),
         v_word(operand_at(shared.v[0], kKeys * ValueRow::kChunkBytes)) {}
 
-  // s = q k^T, begun.
+  // s = q k^T, or that is added to s, begun.
   __device__ __forceinline__ void begin_logits(float (&s)[kLogits]) {
     constexpr int kSteps = KeyRow::kChannels / 16;  // of a chunk
     const uint32_t k = k_word + key.place * (Config::kKeyBytes >> 4);
@@ -60,7 +62,8 @@ struct Consumer {
       const int chunk = i / kSteps, within = i % kSteps * 32;
       Product<Element, kKeys>::rows(
           s, operand<KeyRow>(q_word, chunk * kRows * KeyRow::kChunkBytes + within),
-          operand<KeyRow>(k, chunk * kKeys * KeyRow::kChunkBytes + within), i > 0);
+          operand<KeyRow>(k, chunk * kKeys * KeyRow::kChunkBytes + within),
+          Config::kHasBias || i > 0);
     }
     commit_products();
   }
@@ -127,6 +130,7 @@ struct Consumer {
       constexpr bool kMasked = decltype(masked)::value;
       uint32_t words[kLaneRows][2];
       shared.keys[key.place].full.wait(key.parity);
+      if constexpr (Config::kHasBias) load_biases(s, plan, shared.box[box.place], shape, number);
       pin(s);
       begin_products();
       begin_logits(s);
@@ -159,6 +163,7 @@ struct Consumer {
       constexpr bool kMasked = decltype(masked)::value;
       uint32_t words[kLaneRows][2];
       shared.keys[key.place].full.wait(key.parity);
+      if constexpr (Config::kHasBias) load_biases(s, plan, shared.box[box.place], shape, number);
       pin(s);
       pin(out);
       pin(p);

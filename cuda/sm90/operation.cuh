@@ -76,16 +76,22 @@ cudaError_t launch(cudaStream_t stream, const ForwardArrays<typename Config::Ele
                    static_cast<unsigned>(resident)};
   Tensor<float> lse = arrays.lse;
   Problem<kAxes> parameter = problem;
-  Shape shape_parameter = shape;
+  typename Config::Shape shape_parameter;
+  if constexpr (Config::kHasBias) {
+    shape_parameter = with_biases(shape, problem, arrays.bias);
+  } else {
+    shape_parameter = shape;
+  }
   void* arguments[] = {&maps, &lse, &parameter, &shape_parameter, &tiles};
   return cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(groups * resident)),
                           dim3(Config::kThreads), arguments, kBytes, stream);
 }
 
 template <typename Element, int kIndex>
-using ConfigOf = Config<Element, kKernels[kIndex].dim, kKernels[kIndex].value_dim,
-                        kKernels[kIndex].keys, kKernels[kIndex].consumers, kKernels[kIndex].stages,
-                        kKernels[kIndex].blocks, kKernels[kIndex].overlaps>;
+using ConfigOf =
+    Config<Element, kKernels[kIndex].dim, kKernels[kIndex].value_dim, kKernels[kIndex].keys,
+           kKernels[kIndex].consumers, kKernels[kIndex].stages, kKernels[kIndex].blocks,
+           kKernels[kIndex].overlaps, kKernels[kIndex].biases>;
 
 template <typename Element, int... kIndices>
 cudaError_t launch_chosen(cudaStream_t stream, const ForwardArrays<Element>& arrays,

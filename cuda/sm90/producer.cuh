@@ -2,6 +2,7 @@
 // has the copy engine load the queries and the tiles of keys and values.
 #pragma once
 
+#include "cuda/sm90/bias.cuh"
 #include "cuda/sm90/config.cuh"
 #include "cuda/sm90/tensor_map.h"
 
@@ -25,7 +26,7 @@ struct QueryTiles {
 
 template <typename Config>
 __device__ void run_planner(Shared<Config>& shared, const Problem<kAxes>& problem,
-                            const Shape& shape, const QueryTiles& tiles) {
+                            const typename Config::Shape& shape, const QueryTiles& tiles) {
   Cursor<2> cursor;
   tiles.for_each([&](unsigned number) {
     Handover& handover = shared.plans[cursor.place];
@@ -34,6 +35,7 @@ __device__ void run_planner(Shared<Config>& shared, const Problem<kAxes>& proble
     plan_tiles(plan, problem, shape, number);
     if (threadIdx.x % kWarp == 0) handover.full.arrive();
     plan_windows(plan, problem, shape);
+    if constexpr (Config::kHasBias) plan_biases(plan, problem, shape);
     __syncwarp();
     if (threadIdx.x % kWarp == 0) shared.windows[cursor.place].arrive();
     cursor.advance();
@@ -48,7 +50,7 @@ struct Producer {
   Shared<Config>& shared;
   const Maps& maps;
   const Problem<kAxes>& problem;
-  const Shape& shape;
+  const typename Config::Shape& shape;
   Cursor<Config::kStages> stage;
   Cursor<Shared<Config>::kBoxes> boxes;
 
@@ -96,6 +98,11 @@ struct Producer {
       const int begin = tile[a] * shape.keys[a];
       shared.box[boxes.place].bit[a] = bits_of(shape, a, begin);
       at[a] = plan.key[a] + begin * static_cast<int>(problem.window[a].dilation);
+    }
+    if constexpr (Config::kHasBias) {
+      int entry = 0;
+      for (int a = 0; a < kAxes; ++a) entry += tile[a] * shape.keys[a] * shape.bias[a];
+      shared.box[boxes.place].entry = entry;
     }
     load<KeyRow, Config::kKeys>(shared.k[stage.place], &maps.k, maps.keys, keys.full, plan.kv_head,
                                 at, plan.sample);

@@ -157,6 +157,13 @@ __device__ __forceinline__ void store_blocks(uint32_t address, uint32_t a, uint3
                "r"(a), "r"(b), "r"(c), "r"(d)
                : "memory");
 }
+// The number of an index from an address on.
+template <int kIndex>
+__device__ __forceinline__ float load_shared(uint32_t address) {
+  float result;
+  asm volatile("ld.shared.f32 %0, [%1 + %2];" : "=f"(result) : "r"(address), "n"(4 * kIndex));
+  return result;
+}
 __device__ __forceinline__ void store_zeros(uint32_t address) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0) : "memory");
 }

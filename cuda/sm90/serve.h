@@ -21,6 +21,11 @@ inline bool has_padded_maps(const Problem<kAxes>& problem) {
   return problem.samples == 1 || (problem.query_shape[0] == 1 && problem.key_shape[0] == 1);
 }
 
+// Biases are divided by the scale, and whether their table fits in shared memory is told later.
+inline bool has_small_biases(const Problem<kAxes>& problem) {
+  return problem.scale > 1e-12 && problem.biases() < 1 << 16;
+}
+
 // Whether the kernels know everything that a forward call asks for.
 inline bool can_serve(const Problem<kAxes>& problem, int rank, bool has_bias) {
   constexpr int64_t kUnit = 8;                // channels whose bytes the copy engine can count
@@ -31,8 +36,9 @@ inline bool can_serve(const Problem<kAxes>& problem, int rank, bool has_bias) {
     if (problem.window[a].dilation > kMostStep) return false;
   }
   const auto is_dim = [](int64_t dim) { return dim > 0 && dim % kUnit == 0; };
-  return is_dim(problem.dim) && is_dim(problem.value_dim) && problem.scale > 0 && !has_bias &&
-         problem.samples * problem.heads > 0 && has_room(problem, rank);
+  return is_dim(problem.dim) && is_dim(problem.value_dim) && problem.scale > 0 &&
+         (!has_bias || has_small_biases(problem)) && problem.samples * problem.heads > 0 &&
+         has_room(problem, rank);
 }
 
 }  // namespace jax_natten::sm90
