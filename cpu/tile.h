@@ -54,6 +54,7 @@ struct AxisBlock {
   int keys;
   std::vector<AxisQuery> seen;  // by each query, of whole tiles
   std::vector<AxisTile> tiles;
+  std::vector<int> patterns;  // of each the first tile
 };
 
 inline bool see_alike(const AxisBlock& axis, int size, int tile, int other) {
@@ -106,7 +107,8 @@ inline void look(AxisBlock& axis, const AxisWindow& window, const AxisFrame& fra
                   std::max(tile.box.end, query.keys.end)};
     }
     if (tile.box.count() <= 0) tile.box = {0, 0};
-    tile.pattern = t > 0 && see_alike(axis, tile_size, t, t - 1) ? axis.tiles[t - 1].pattern : t;
+    if (t == 0 || !see_alike(axis, tile_size, t, t - 1)) axis.patterns.push_back(t);
+    tile.pattern = static_cast<int>(axis.patterns.size()) - 1;
   }
 }
 
@@ -139,7 +141,6 @@ inline constexpr int kQuad = 4;  // lanes, the least that are summed over the sa
 
 // What a tile's queries see, from the begin of its box; a lane is a query.
 struct Shape {
-  int pattern[kAxes];
   int size[kAxes];             // of the box
   Lanes lanes[kAxes];          // empty on all axes for a query that sees nothing
   int64_t bias[kTileQueries];  // index in the table of the key at (0, 0, 0)
@@ -206,6 +207,11 @@ class BlockView {
         lane_token_[l] = lane_token_[l] * problem.query_shape[a] + step_[a][l] * axis_[a].step;
       }
     }
+    for (int z : axis_[0].patterns) {
+      for (int y : axis_[1].patterns) {
+        for (int x : axis_[2].patterns) shapes_.push_back(shape_of({z, y, x}));
+      }
+    }
   }
 
   const AxisBlock& axis(int a) const { return axis_[a]; }
@@ -243,12 +249,11 @@ class BlockView {
   const std::vector<int64_t>& key_tokens() const { return key_tokens_; }
 
   // Calls visit(tile, next tile, shape, is_new) for every tile with a query in the array; after the
-  // last the first is next, perhaps of another head. Tiles of equal shape follow each other, and
-  // `is_new` tells the first of them.
+  // last the first is next, perhaps of another head. `is_new` tells whether the shape is not that
+  // of the tile before.
   template <typename Visit>
   void for_each_tile(Visit&& visit) const {
-    Shape shape{};
-    for (int& pattern : shape.pattern) pattern = -1;
+    const Shape* last = nullptr;
     const int64_t count = tiles();
     if (count == 0) return;
     Tile tiles[2];
@@ -256,12 +261,14 @@ class BlockView {
     for (int64_t n = 0; n < count; ++n) {
       const Tile &tile = tiles[n % 2], &next = tiles[(n + 1) % 2];
       find(tiles[(n + 1) % 2], (n + 1) % count);
-      bool is_new = false;
+      size_t number = 0;
       for (int a = 0; a < kAxes; ++a) {
-        is_new = is_new || shape.pattern[a] != axis_[a].tiles[tile.at[a]].pattern;
+        number = number * axis_[a].patterns.size() +
+                 static_cast<size_t>(axis_[a].tiles[tile.at[a]].pattern);
       }
-      if (is_new) shape = shape_of(tile);
-      visit(tile, next, shape, is_new);
+      const Shape& shape = shapes_[number];
+      visit(tile, next, shape, &shape != last);
+      last = &shape;
     }
   }
 
@@ -301,24 +308,22 @@ class BlockView {
     }
   }
 
-  Shape shape_of(const Tile& tile) const {
+  // Of the tile with these numbers along the axes.
+  Shape shape_of(const int (&at)[kAxes]) const {
     Shape shape{};
-    for (int a = 0; a < kAxes; ++a) {
-      shape.pattern[a] = axis_[a].tiles[tile.at[a]].pattern;
-      shape.size[a] = axis_[a].tiles[tile.at[a]].box.count();
-    }
+    for (int a = 0; a < kAxes; ++a) shape.size[a] = axis_[a].tiles[at[a]].box.count();
     for (int l = 0; l < kTileQueries; ++l) {
       const AxisQuery* query[kAxes];
       bool sees = true;
       for (int a = 0; a < kAxes; ++a) {
-        query[a] = &axis_[a].seen[tile.at[a] * tiling_.size(a) + step_[a][l]];
+        query[a] = &axis_[a].seen[at[a] * tiling_.size(a) + step_[a][l]];
         sees = sees && query[a]->keys.count() > 0;
       }
       shape.sees[l] = sees;
       if (!sees) continue;
       for (int a = 0; a < kAxes; ++a) {
         const int64_t kernel_size = problem_.window[a].kernel_size;
-        const int begin = tile.box[a];
+        const int begin = axis_[a].tiles[at[a]].box.begin;
         shape.lanes[a].begin[l] = query[a]->keys.begin - begin;
         shape.lanes[a].end[l] = query[a]->keys.end - begin;
         shape.bias[l] = shape.bias[l] * (2 * kernel_size - 1) + query[a]->bias + begin;
@@ -342,6 +347,7 @@ class BlockView {
   const Tiling& tiling_;
   AxisBlock axis_[kAxes];
   std::vector<int64_t> key_tokens_;
+  std::vector<Shape> shapes_;         // of all combinations of the axes' patterns
   int step_[kAxes][kTileQueries];     // along an axis from a tile's first query to each
   int64_t lane_token_[kTileQueries];  // row-major, the same
 };
