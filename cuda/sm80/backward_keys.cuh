@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads, (kDim * kRows <= 64 * 64) ? 3 : 2)
   const LogitScale scale(tiling.scale, arrays.has_bias());
   const Matrix<Element> matrix(p.tf32);
   const int dim = static_cast<int>(p.dim), value_dim = static_cast<int>(p.value_dim);
-  const int row = first_row<kBlocks>(), begin = static_cast<int>(blockIdx.y) * kOut;
+  const int row = first_row<kBlocks>(), element = static_cast<int>(blockIdx.y) * kOut;
 
   load_rows<kDim, kRows>(shared.k.x, rows_of(arrays.k, sample), shared.plan.source, dim);
   load_rows<kDim, kRows>(shared.v.x, rows_of(arrays.v, sample), shared.plan.source, value_dim);
@@ -50,20 +50,20 @@ __global__ void __launch_bounds__(kThreads, (kDim * kRows <= 64 * 64) ? 3 : 2)
   dv.clear();
   for_each_tile(
       shared.plan,
-      [&](int buffer, int slot) {
-        const int32_t* columns = shared.plan.column[slot];
+      [&](int buffer, int begin) {
+        const int32_t* columns = shared.plan.column + begin;
         load_rows<kDim, kColumns>(shared.q[buffer].x, rows_of(arrays.q, sample), columns, dim);
         load_rows<kDim, kColumns>(shared.ct[buffer].x, rows_of(arrays.ct_out, sample), columns,
                                   value_dim);
         load_numbers<kColumns>(shared.lse[buffer], rows_of(arrays.lse, sample), columns);
         load_numbers<kColumns>(shared.delta[buffer], rows_of(arrays.delta, sample), columns);
       },
-      [&](int buffer, int slot, bool is_rim) {
+      [&](int buffer, int begin) {
         Results<kBlocks, kColumns / 8> s, ds;
         s.clear();
         ds.clear();
         multiply_rows<Element, kDim>(s, matrix, shared.k.left(row), shared.q[buffer].right());
-        finish_logits(s, shared.plan, row, slot, is_rim, scale, table);
+        finish_logits(s, shared.plan, row, begin, scale, table);
         multiply_rows<Element, kDim>(ds, matrix, shared.v.left(row), shared.ct[buffer].right());
 #pragma unroll
         for (int n = 0; n < kColumns / 8; ++n) {
@@ -80,14 +80,14 @@ __global__ void __launch_bounds__(kThreads, (kDim * kRows <= 64 * 64) ? 3 : 2)
             }
           }
         }
-        multiply_weights<Element, kDim>(dv, matrix, s, shared.ct[buffer].right_transposed(begin));
-        multiply_weights<Element, kDim>(dk, matrix, ds, shared.q[buffer].right_transposed(begin));
+        multiply_weights<Element, kDim>(dv, matrix, s, shared.ct[buffer].right_transposed(element));
+        multiply_weights<Element, kDim>(dk, matrix, ds, shared.q[buffer].right_transposed(element));
       });
 
   dk.scale(tiling.scale);
-  store_rows<kDim>(rows_of(arrays.dk, sample), shared.plan.row + row, begin, dim,
+  store_rows<kDim>(rows_of(arrays.dk, sample), shared.plan.row + row, element, dim,
                    shared.k.x + row * kPitch<Element, kDim>, dk);
-  store_rows<kDim>(rows_of(arrays.dv, sample), shared.plan.row + row, begin, value_dim,
+  store_rows<kDim>(rows_of(arrays.dv, sample), shared.plan.row + row, element, value_dim,
                    shared.v.x + row * kPitch<Element, kDim>, dv);
 }
 

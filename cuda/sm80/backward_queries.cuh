@@ -73,7 +73,7 @@ __device__ void find_delta(float (&delta)[kRows], const int32_t (&rows)[kRows],
 template <typename Element, int kDim, int kRows, int kBlocks, int kTiles>
 __device__ void find_ds(Results<kBlocks, kTiles>& ds,
                         const BackwardQueriesShared<Element, kDim, kRows>& shared,
-                        const Matrix<Element>& matrix, int buffer, int slot, bool is_rim,
+                        const Matrix<Element>& matrix, int buffer, int begin,
                         const LogitScale& scale, const float* table,
                         const float (&shift)[kBlocks][2]) {
   const int row = first_row<kBlocks>();
@@ -81,7 +81,7 @@ __device__ void find_ds(Results<kBlocks, kTiles>& ds,
   s.clear();
   ds.clear();
   multiply_rows<Element, kDim>(s, matrix, shared.q.left(row), shared.k[buffer].right());
-  finish_logits(s, shared.plan, row, slot, is_rim, scale, table);
+  finish_logits(s, shared.plan, row, begin, scale, table);
   multiply_rows<Element, kDim>(ds, matrix, shared.ct.left(row), shared.v[buffer].right());
 #pragma unroll
   for (int i = 0; i < kBlocks * 2; ++i) {
@@ -108,13 +108,13 @@ __device__ void load_queries(BackwardQueriesShared<Element, kDim, kRows>& shared
   load_rows<kDim, kRows>(shared.ct.x, rows_of(arrays.ct_out, sample), rows, value_dim);
 }
 
-// Starts copying what the keys planned in a slot have.
+// Starts copying what the keys that begin there in the plan have.
 template <typename Element, int kDim, int kRows>
 __device__ void load_keys(BackwardQueriesShared<Element, kDim, kRows>& shared,
                           const BackwardArrays<Element>& arrays, int64_t sample, int dim,
-                          int value_dim, int buffer, int slot) {
+                          int value_dim, int buffer, int begin) {
   constexpr int kColumns = BackwardQueriesShared<Element, kDim, kRows>::kColumns;
-  const int32_t* columns = shared.plan.column[slot];
+  const int32_t* columns = shared.plan.column + begin;
   load_rows<kDim, kColumns>(shared.k[buffer].x, rows_of(arrays.k, sample), columns, dim);
   load_rows<kDim, kColumns>(shared.v[buffer].x, rows_of(arrays.v, sample), columns, value_dim);
 }
@@ -144,12 +144,12 @@ __global__ void __launch_bounds__(kThreads, (kDim * kRows <= 64 * 64) ? 3 : 2)
   dq.clear();
   for_each_tile(
       shared.plan,
-      [&](int buffer, int slot) {
-        load_keys<Element, kDim, kRows>(shared, arrays, sample, dim, value_dim, buffer, slot);
+      [&](int buffer, int begin) {
+        load_keys<Element, kDim, kRows>(shared, arrays, sample, dim, value_dim, buffer, begin);
       },
-      [&](int buffer, int slot, bool is_rim) {
+      [&](int buffer, int begin) {
         Results<kBlocks, kColumns / 8> ds;
-        find_ds(ds, shared, matrix, buffer, slot, is_rim, scale, table, shift);
+        find_ds(ds, shared, matrix, buffer, begin, scale, table, shift);
         multiply_weights<Element, kDim>(dq, matrix, ds, shared.k[buffer].right_transposed());
       });
 

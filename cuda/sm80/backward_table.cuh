@@ -59,13 +59,12 @@ __global__ void __launch_bounds__(kThreads, 2)
     find_shifts(shift, shared.plan.row, rows_of(arrays.lse, sample));
     for_each_tile(
         shared.plan,
-        [&](int buffer, int slot) {
-          load_keys<Element, kDim, kRows>(shared, arrays, sample, dim, value_dim, buffer, slot);
+        [&](int buffer, int begin) {
+          load_keys<Element, kDim, kRows>(shared, arrays, sample, dim, value_dim, buffer, begin);
         },
-        [&](int buffer, int slot, bool is_rim) {
+        [&](int buffer, int begin) {
           Results<1, kColumns / 8> ds;
-          find_ds<Element, kDim, kRows>(ds, shared, matrix, buffer, slot, is_rim, scale, table,
-                                        shift);
+          find_ds<Element, kDim, kRows>(ds, shared, matrix, buffer, begin, scale, table, shift);
 #pragma unroll
           for (int n = 0; n < kColumns / 8; ++n) {
 #pragma unroll
@@ -82,8 +81,8 @@ __global__ void __launch_bounds__(kThreads, 2)
                 const RowSpan span = shared.plan.span[row];
                 float* entry = copy + shared.plan.row_entry[row];
                 for (int c = lane(); c < kColumns; c += kWarp) {
-                  if (sees(span, shared.plan.place[slot][c], shared.plan.list.guard)) {
-                    entry[shared.plan.column_entry[slot][c]] += shared.ds[row][c];
+                  if (sees(span, shared.plan.place[begin + c], shared.plan.list.guard)) {
+                    entry[shared.plan.column_entry[begin + c]] += shared.ds[row][c];
                   }
                 }
                 __syncwarp();

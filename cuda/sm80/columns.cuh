@@ -36,9 +36,8 @@ struct Column {
 };
 
 // A column of the list, and where it is in the box.
-struct Cursor {
+struct ListedColumn {
   Column column;
-  int number;
   int at[kAxes];
 };
 
@@ -54,26 +53,9 @@ struct ColumnList {
   Column first;       // of the list
   Column one[kAxes];  // from a position to the next
   Column head;        // from a head to the next
-  // From a column to the one so many further that a tile has: how far on every axis, and what that
-  // adds; and what is added besides where an axis runs over and the one before it goes on.
-  int step_at[kAxes];
-  Column step;
-  Column carry[kAxes];
 
-  // Sets the step to that of so many columns.
-  __device__ void set_step(int columns) {
-    const Cursor cursor = at(columns);
-    step = cursor.column;
-    step.add(first * -1);
-    for (int a = 0; a < kAxes; ++a) {
-      step_at[a] = cursor.at[a];
-      carry[a] = a == 0 ? head : one[a - 1];
-      carry[a].add(one[a] * -count[a]);
-    }
-  }
-
-  __device__ Cursor at(int number) const {
-    Cursor result{first, number, {}};
+  __device__ ListedColumn at(int number) const {
+    ListedColumn result{first, {}};
     int rest = number;
     for (int a = kAxes - 1; a >= 0; --a) {
       result.at[a] = rest % max(count[a], 1);
@@ -82,22 +64,6 @@ struct ColumnList {
     }
     result.column.add(head * rest);
     return result;
-  }
-
-  // Goes on by the step.
-  __device__ void advance(Cursor& cursor, int columns) const {
-    cursor.number += columns;
-    cursor.column.add(step);
-    int over = 0;
-#pragma unroll
-    for (int a = kAxes - 1; a >= 0; --a) {
-      cursor.at[a] += step_at[a] + over;
-      over = cursor.at[a] >= count[a];
-      if (over != 0) {
-        cursor.at[a] -= count[a];
-        cursor.column.add(carry[a]);
-      }
-    }
   }
 };
 

@@ -89,15 +89,16 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 && kRows == 64 ? 4 : 2)
   out.clear();
   for_each_tile(
       shared.plan,
-      [&](int buffer, int slot) {
-        load_rows<kDim, kColumns>(shared.k[buffer].x, k_rows, shared.plan.column[slot], dim);
-        load_rows<kDim, kColumns>(shared.v[buffer].x, v_rows, shared.plan.column[slot], value_dim);
+      [&](int buffer, int begin) {
+        load_rows<kDim, kColumns>(shared.k[buffer].x, k_rows, shared.plan.column + begin, dim);
+        load_rows<kDim, kColumns>(shared.v[buffer].x, v_rows, shared.plan.column + begin,
+                                  value_dim);
       },
-      [&](int buffer, int slot, bool is_rim) {
+      [&](int buffer, int begin) {
         Results<kBlocks, kColumns / 8> s;
         s.clear();
         multiply_rows<Element, kDim>(s, matrix, shared.q.left(row), shared.k[buffer].right());
-        finish_logits(s, shared.plan, row, slot, is_rim, scale, table);
+        finish_logits(s, shared.plan, row, begin, scale, table);
         softmax.add(s, out, scale.factor());
         multiply_weights<Element, kDim>(out, matrix, s, shared.v[buffer].right_transposed());
       });

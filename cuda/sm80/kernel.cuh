@@ -56,25 +56,25 @@ __device__ inline const float* table_of(const Tensor<const float>& tables, int64
   return tables.data == nullptr ? nullptr : tables.head(sample, head).data;
 }
 
-// Visits all tiles of columns: load(buffer, slot) starts to copy the tile that is planned in the
-// slot, while compute(buffer, slot, is_rim) works on the one before. Copies begun earlier are there
-// at the first compute. Warps may be a tile apart, so that a third slot is planned while two are
-// read.
-template <bool kHasStarts = false, typename Plan, typename Load, typename Compute>
-__device__ void for_each_tile(Plan& plan, Load&& load, Compute&& compute) {
+// Visits all tiles of columns: load(buffer, begin) starts to copy the tile whose columns begin
+// there in the plan, while compute(buffer, begin) works on the one before. Copies begun earlier are
+// there at the first compute. Warps may be a tile apart: tiles are planned in the place of those
+// that all have left.
+template <bool kHasStarts = false, int kRows, int kColumns, typename Load, typename Compute>
+__device__ void for_each_tile(Plan<kRows, kColumns>& plan, Load&& load, Compute&& compute) {
   const int tiles = plan.tiles();
-  bool is_rim = __syncthreads_or(plan.template advance<kHasStarts>(0));
+  plan.template plan_tiles<kHasStarts>(0);
+  __syncthreads();
   if (tiles > 0) load(0, 0);
   commit_copies();
   for (int i = 0; i < tiles; ++i) {
-    const bool goes_on = i + 1 < tiles;
-    const bool next = goes_on && plan.template advance<kHasStarts>((i + 1) % kSlots);
+    const int next = i + 1;
+    if (next < tiles && next % plan.kAtOnce == 0) plan.template plan_tiles<kHasStarts>(next);
     wait_for_copies();
-    const bool next_is_rim = __syncthreads_or(next);
-    if (goes_on) load((i + 1) % 2, (i + 1) % kSlots);
+    __syncthreads();
+    if (next < tiles) load(next % 2, plan.begin_of(next));
     commit_copies();
-    compute(i % 2, i % kSlots, is_rim);
-    is_rim = next_is_rim;
+    compute(i % 2, plan.begin_of(i));
   }
   if (tiles > 0) return;
   wait_for_copies();

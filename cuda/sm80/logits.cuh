@@ -73,39 +73,38 @@ __device__ inline int column_of(int n) { return n * 8 + lane() % 4 * 2; }
 // Adds table entries, `weight` times each, where the row sees the column.
 template <int kBlocks, int kTiles, int kRows, int kColumns>
 __device__ void add_bias(Results<kBlocks, kTiles>& s, const Plan<kRows, kColumns>& plan, int first,
-                         int slot, const float* table, float weight) {
+                         int begin, const float* table, float weight) {
   const uint32_t guard = plan.list.guard;
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
     for (int i = 0; i < kBlocks * 4; ++i) {
       const int m = i / 4, r = i / 2 % 2, e = i % 2;
-      const int row = row_of(first, m, r), column = column_of(n) + e;
-      if (sees(plan.span[row], plan.place[slot][column], guard)) {
+      const int row = row_of(first, m, r), column = begin + column_of(n) + e;
+      if (sees(plan.span[row], plan.place[column], guard)) {
         s.x[m][n][2 * r + e] +=
-            weight * __ldg(table + plan.row_entry[row] + plan.column_entry[slot][column]);
+            weight * __ldg(table + plan.row_entry[row] + plan.column_entry[column]);
       }
     }
   }
 }
 
-// Products become logits. `is_rim`: some row does not see some column.
+// Products become logits. The columns are those that begin there in the plan.
 template <int kBlocks, int kTiles, int kRows, int kColumns>
 __device__ void finish_logits(Results<kBlocks, kTiles>& s, const Plan<kRows, kColumns>& plan,
-                              int first, int slot, bool is_rim, const LogitScale& scale,
-                              const float* table) {
+                              int first, int begin, const LogitScale& scale, const float* table) {
   if (scale.is_applied_first) {
     s.scale(scale.scale);
-    if (table != nullptr) add_bias(s, plan, first, slot, table, kLog2E);
+    if (table != nullptr) add_bias(s, plan, first, begin, table, kLog2E);
   }
-  if (!is_rim) return;
+  if (!plan.template is_rim<kTiles * 8>(begin)) return;
   const uint32_t guard = plan.list.guard;
   RowSpan span[kBlocks][2];
 #pragma unroll
   for (int i = 0; i < kBlocks * 2; ++i) span[i / 2][i % 2] = plan.span[row_of(first, i / 2, i % 2)];
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
-    const auto [place, next] = *reinterpret_cast<const uint2*>(&plan.place[slot][column_of(n)]);
+    const auto [place, next] = *reinterpret_cast<const uint2*>(&plan.place[begin + column_of(n)]);
 #pragma unroll
     for (int i = 0; i < kBlocks * 2; ++i) {
       float (&x)[4] = s.x[i / 2][n];

@@ -58,8 +58,6 @@ __device__ TileIndex tile_index(const Problem<kAxes>& problem, const Tiling& til
 // counted from the box's begin.
 enum class Family { kFused, kUnfused };
 
-inline constexpr int kSlots = 3;  // planned tiles of columns
-
 // A row's place on one axis.
 struct alignas(16) Step {
   int32_t index;      // in the array, or kNoRow
@@ -78,6 +76,9 @@ struct AxisPlan {
 // The plan, in shared memory.
 template <int kRows, int kColumns>
 struct Plan {
+  static constexpr int kAtOnce = kThreads / kColumns;  // tiles that are planned at once
+  static_assert(kAtOnce * kColumns == kThreads && kAtOnce > 1);
+
   Step step[kRows + kAxes - 1];  // those of all axes in turn; a row has one of each
   AxisPlan axis[kAxes];
   alignas(16) int32_t row[kRows];     // number of its row in the arrays, or kNoRow
@@ -86,40 +87,53 @@ struct Plan {
   int32_t row_entry[kRows];  // its share of the entry of a pair
   int seen[kRows];           // how many columns it sees
   ColumnList list;
-  Cursor next[kColumns];  // of the next tile
-  // Of the columns of several tiles in turn.
-  alignas(16) int32_t column[kSlots][kColumns];
-  alignas(16) uint32_t place[kSlots][kColumns];
-  alignas(16) int32_t column_entry[kSlots][kColumns];
+  // Of the columns of some tiles, and of those planned before them; see begin_of.
+  alignas(16) int32_t column[2 * kThreads];
+  alignas(16) uint32_t place[2 * kThreads];
+  alignas(16) int32_t column_entry[2 * kThreads];
+  uint32_t unseen[2 * kThreads / kWarp];  // a bit for each: some row does not see it
   // Where columns are not evenly spaced in their entries: the shares of an axis' positions.
   const int* starts;
 
   __device__ int tiles() const { return (list.size + kColumns - 1) / kColumns; }
 
-  // Plans the next tile of columns in a slot. True where the thread's column is not one that all
-  // rows see.
+  // Where the columns of a tile are.
+  static __device__ int begin_of(int tile) { return tile * kColumns % (2 * kThreads); }
+
+  // Whether some row does not see some of the kCount columns that begin there.
+  template <int kCount>
+  __device__ bool is_rim(int begin) const {
+    if constexpr (kCount < kWarp) {
+      return (unseen[begin / kWarp] >> begin % kWarp & ((1u << kCount) - 1)) != 0;
+    } else {
+      uint32_t any = 0;
+#pragma unroll
+      for (int i = 0; i < kCount / kWarp; ++i) any |= unseen[begin / kWarp + i];
+      return any != 0;
+    }
+  }
+
+  // Plans kAtOnce tiles, a column a thread.
   template <bool kHasStarts>
-  __device__ bool advance(int slot) {
-    const int thread = static_cast<int>(threadIdx.x);
-    if (thread >= kColumns) return false;
-    Cursor cursor = next[thread];
-    const bool exists = cursor.number < list.size;
-    const uint32_t here = exists ? cursor.column.place : list.guard;
-    place[slot][thread] = here;
-    column[slot][thread] = exists ? cursor.column.row : kNoRow;
-    column_entry[slot][thread] = cursor.column.entry;
-    if constexpr (kHasStarts) {
-      if (exists) {
-        int entry = 0;
+  __device__ void plan_tiles(int first_tile) {
+    const auto thread = static_cast<int>(threadIdx.x);
+    const int number = first_tile * kColumns + thread, i = begin_of(first_tile) + thread;
+    ListedColumn here{{kNoRow, list.guard, 0}, {}};
+    if (number < list.size) {
+      here = list.at(number);
+      if constexpr (kHasStarts) {
+        here.column.entry = 0;
         for (int a = 0, begin = 0; a < kAxes; begin += list.count[a++]) {
-          entry += starts[begin + cursor.at[a]];
+          here.column.entry += starts[begin + here.at[a]];
         }
-        column_entry[slot][thread] = entry;
       }
     }
-    list.advance(cursor, kColumns);
-    next[thread] = cursor;
-    return !sees(list.inner, here, list.guard);
+    column[i] = here.column.row;
+    place[i] = here.column.place;
+    column_entry[i] = here.column.entry;
+    const bool is_unseen = !sees(list.inner, here.column.place, list.guard);
+    const uint32_t mask = __ballot_sync(kAllLanes, is_unseen);
+    if (lane() == 0) unseen[i / kWarp] = mask;
   }
 };
 
@@ -183,7 +197,7 @@ __device__ void plan_axis(AxisPlan& plan, Step* steps, int size, const Problem<k
 template <Family kFamily, Side kSide, int kRows, int kColumns>
 __device__ void make_plan(Plan<kRows, kColumns>& plan, const Problem<kAxes>& problem,
                           const Tiling& tiling, const TileIndex& tile, int* starts = nullptr) {
-  static_assert(kRows <= kThreads && kColumns <= kThreads && kAxes * kWarp <= kThreads);
+  static_assert(kRows <= kThreads && kAxes * kWarp <= kThreads);
   constexpr bool kIsFused = kFamily == Family::kFused, kRowsAreKeys = kSide == Side::kKeys;
   constexpr bool kHasStarts = !kIsFused && kRowsAreKeys;
   const int thread = static_cast<int>(threadIdx.x);
@@ -284,9 +298,7 @@ __device__ void make_plan(Plan<kRows, kColumns>& plan, const Problem<kAxes>& pro
       }
     }
   }
-  if (thread < kColumns) plan.next[thread] = list.at(thread);
-  if (thread == kThreads - 1) {
-    list.set_step(kColumns);
+  if (thread == 0) {
     plan.list = list;
     plan.starts = starts;
   }

@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
   const LogitScale scale(tiling.scale, arrays.has_bias());
   const Matrix<Element> matrix(p.tf32);
   const int dim = static_cast<int>(p.dim), value_dim = static_cast<int>(p.value_dim);
-  const int row = first_row<1>(), begin = static_cast<int>(blockIdx.y) * kOut;
+  const int row = first_row<1>(), element = static_cast<int>(blockIdx.y) * kOut;
 
   load_rows<kDim, kRows>(shared.q.x, rows_of(arrays.q, sample), shared.plan.source, dim);
   load_rows<kDim, kRows>(shared.dq.x, rows_of(arrays.dq, sample), shared.plan.source, dim);
@@ -44,8 +44,8 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
   changed.clear();
   for_each_tile(
       shared.plan,
-      [&](int buffer, int slot) {
-        const int32_t* columns = shared.plan.column[slot];
+      [&](int buffer, int begin) {
+        const int32_t* columns = shared.plan.column + begin;
         load_rows<kDim, kColumns>(shared.k[buffer].x, rows_of(arrays.k, sample), columns, dim);
         load_rows<kDim, kColumns>(shared.dk[buffer].x, rows_of(arrays.dk, sample), columns, dim);
         load_rows<kDim, kColumns>(shared.v[buffer].x, rows_of(arrays.v, sample), columns,
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
         load_rows<kDim, kColumns>(shared.dv[buffer].x, rows_of(arrays.dv, sample), columns,
                                   value_dim);
       },
-      [&](int buffer, int slot, bool is_rim) {
+      [&](int buffer, int begin) {
         Results<1, kColumns / 8> s, ds;
         s.clear();
         ds.clear();
@@ -61,10 +61,10 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
         multiply_rows<Element, kDim>(s, matrix, q, k);
         multiply_rows<Element, kDim>(ds, matrix, shared.dq.left(row), k);
         multiply_rows<Element, kDim>(ds, matrix, q, shared.dk[buffer].right());
-        finish_logits(s, shared.plan, row, slot, is_rim, scale, table);
+        finish_logits(s, shared.plan, row, begin, scale, table);
         ds.scale(tiling.scale);
         if (table_tangent != nullptr) {
-          add_bias(ds, shared.plan, row, slot, table_tangent, 1);
+          add_bias(ds, shared.plan, row, begin, table_tangent, 1);
         }
 #pragma unroll
         for (int n = 0; n < kColumns / 8; ++n) {
@@ -78,10 +78,10 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
             dlse[i / 2] += change;
           }
         }
-        const uint32_t v = shared.v[buffer].right_transposed(begin);
+        const uint32_t v = shared.v[buffer].right_transposed(element);
         multiply_weights<Element, kDim>(changed, matrix, ds, v);
         multiply_weights<Element, kDim>(changed, matrix, s,
-                                        shared.dv[buffer].right_transposed(begin));
+                                        shared.dv[buffer].right_transposed(element));
         multiply_weights<Element, kDim>(out, matrix, s, v);
       });
 
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
   for (int r = 0; r < 2; ++r) {
     dlse[r] = sum_of_row(dlse[r]);
     const int32_t number = shared.plan.row[row_of(row, 0, r)];
-    if (number != kNoRow && lane() % 4 == 0 && begin == 0) {
+    if (number != kNoRow && lane() % 4 == 0 && element == 0) {
       rows_of(arrays.dlse, sample)[number] = dlse[r];
     }
 #pragma unroll
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
       for (int e = 2 * r; e < 2 * r + 2; ++e) changed.x[0][n][e] -= dlse[r] * out.x[0][n][e];
     }
   }
-  store_rows<kDim>(rows_of(arrays.dout, sample), shared.plan.row + row, begin, value_dim,
+  store_rows<kDim>(rows_of(arrays.dout, sample), shared.plan.row + row, element, value_dim,
                    shared.q.x + row * kPitch<Element, kDim>, changed);
 }
 

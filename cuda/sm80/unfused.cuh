@@ -77,15 +77,15 @@ class WarpWeights {
 // Queries are rows of weights: those of the tile, or the columns' in the array.
 template <Side kSide, int kTiles, int kColumns, typename Visit>
 __device__ void for_each_pair(Results<1, kTiles>& results, const Plan<kUnfusedRows, kColumns>& plan,
-                              int slot, int slots, Visit&& visit) {
+                              int begin, int slots, Visit&& visit) {
   const uint32_t guard = plan.list.guard;
   // All are read before a visit may write, which to the compiler could be to them.
   uint2 place[kTiles];
   int2 entry[kTiles];
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
-    place[n] = *reinterpret_cast<const uint2*>(&plan.place[slot][column_of(n)]);
-    entry[n] = *reinterpret_cast<const int2*>(&plan.column_entry[slot][column_of(n)]);
+    place[n] = *reinterpret_cast<const uint2*>(&plan.place[begin + column_of(n)]);
+    entry[n] = *reinterpret_cast<const int2*>(&plan.column_entry[begin + column_of(n)]);
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -101,7 +101,7 @@ __device__ void for_each_pair(Results<1, kTiles>& results, const Plan<kUnfusedRo
         if constexpr (kSide == Side::kQueries) {
           visit(results.x[0][n][2 * r + e], at);
         } else {
-          const int64_t query = plan.column[slot][column_of(n) + e];
+          const int64_t query = plan.column[begin + column_of(n) + e];
           visit(results.x[0][n][2 * r + e], query * slots + at);
         }
       }
@@ -141,14 +141,14 @@ __global__ void __launch_bounds__(kThreads, 4)
   WarpWeights<Element>(shared.weights, shared.plan.row, slots).clear();
   for_each_tile(
       shared.plan,
-      [&](int buffer, int slot) {
-        load_rows<kDim, kColumns>(shared.key[buffer].x, keys, shared.plan.column[slot], dim);
+      [&](int buffer, int begin) {
+        load_rows<kDim, kColumns>(shared.key[buffer].x, keys, shared.plan.column + begin, dim);
       },
-      [&](int buffer, int slot, bool) {
+      [&](int buffer, int begin) {
         Results<1, kColumns / 8> s;
         s.clear();
         multiply_rows<Element, kDim>(s, matrix, shared.query.left(row), shared.key[buffer].right());
-        for_each_pair<Side::kQueries>(s, shared.plan, slot, slots, [&](float product, int at) {
+        for_each_pair<Side::kQueries>(s, shared.plan, begin, slots, [&](float product, int at) {
           shared.weights[at] = device::narrow(product, Element{});
         });
       });
@@ -189,14 +189,14 @@ __device__ void sum_weighted(WeightedShared<Element, kDim>& shared, const Tensor
   sum.clear();
   for_each_tile<kSide == Side::kKeys>(
       shared.plan,
-      [&](int buffer, int slot) {
-        load_rows<kDim, kColumns>(shared.x[buffer].x, rows_of(x, sample), shared.plan.column[slot],
-                                  length);
+      [&](int buffer, int begin) {
+        load_rows<kDim, kColumns>(shared.x[buffer].x, rows_of(x, sample),
+                                  shared.plan.column + begin, length);
       },
-      [&](int buffer, int slot, bool) {
+      [&](int buffer, int begin) {
         Results<1, kColumns / 8> w;
         w.clear();
-        for_each_pair<kSide>(w, shared.plan, slot, slots,
+        for_each_pair<kSide>(w, shared.plan, begin, slots,
                              [&](float& weight, auto at) { weight = device::widen(weights[at]); });
         multiply_weights<Element, kDim>(sum, matrix, w, shared.x[buffer].right_transposed());
       });
