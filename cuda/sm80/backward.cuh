@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cuda/sm80/backward_keys.cuh"
+#include "cuda/sm80/backward_pairs.cuh"
 #include "cuda/sm80/backward_queries.cuh"
 #include "cuda/sm80/backward_table.cuh"
 
@@ -41,10 +42,15 @@ cudaError_t run_operation(cudaStream_t stream, const BackwardArrays<Element>& ar
     error = with_tiling<Keys, LargeKeys, Side::kKeys, kKeysMayBeLarge>(
         problem, rank, kLargeTileGain<kDim>, [&](const Tiling& tiling, auto rows) {
           constexpr int kRows = decltype(rows)::value;
-          return launch_tiles<Side::kKeys>(
-              stream, backward_keys_kernel<Element, kDim, kRows, kOut>,
-              sizeof(BackwardKeysShared<Element, kDim, kRows>), arrays, problem, tiling,
-              geometry::ceil_div(geometry::max(problem.dim, problem.value_dim), kOut));
+          if constexpr (kMayBeLarge && kRows == 64) {
+            return launch_tiles<Side::kKeys>(stream, backward_pairs_kernel<Element, kDim>,
+                                             sizeof(Keys), arrays, problem, tiling);
+          } else {
+            return launch_tiles<Side::kKeys>(
+                stream, backward_keys_kernel<Element, kDim, kRows, kOut>,
+                sizeof(BackwardKeysShared<Element, kDim, kRows>), arrays, problem, tiling,
+                geometry::ceil_div(geometry::max(problem.dim, problem.value_dim), kOut));
+          }
         });
     if (error != cudaSuccess || !arrays.has_bias()) return error;
     const Tiling tiling =

@@ -25,6 +25,55 @@ __device__ void load_numbers(float* to, const float* from, const int32_t* column
   copy_async<sizeof(float)>(shared_address(to + i), from + columns[i], columns[i] != kNoRow);
 }
 
+// Starts copying what the queries that begin there in the plan have.
+template <typename Element, int kDim, int kRows>
+__device__ void load_queries(BackwardKeysShared<Element, kDim, kRows>& shared,
+                             const BackwardArrays<Element>& arrays, int64_t sample, int dim,
+                             int value_dim, int buffer, int begin) {
+  constexpr int kColumns = BackwardKeysShared<Element, kDim, kRows>::kColumns;
+  const int32_t* columns = shared.plan.column + begin;
+  load_rows<kDim, kColumns>(shared.q[buffer].x, rows_of(arrays.q, sample), columns, dim);
+  load_rows<kDim, kColumns>(shared.ct[buffer].x, rows_of(arrays.ct_out, sample), columns,
+                            value_dim);
+  load_numbers<kColumns>(shared.lse[buffer], rows_of(arrays.lse, sample), columns);
+  load_numbers<kColumns>(shared.delta[buffer], rows_of(arrays.delta, sample), columns);
+}
+
+// Logits become weights; `lse` is that of the columns.
+template <int kBlocks, int kTiles>
+__device__ void find_weights(Results<kBlocks, kTiles>& s, const float* lse, float factor) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const float shift = weight_shift(lse[column_of(n) + e]);
+#pragma unroll
+      for (int i = 0; i < kBlocks * 2; ++i) {
+        float& weight = s.x[i / 2][n][i % 2 * 2 + e];
+        weight = exp2_of(weight * factor - shift);
+      }
+    }
+  }
+}
+
+// Gradients of weights become those of logits; `delta` is that of the columns.
+template <int kBlocks, int kTiles>
+__device__ void find_ds(Results<kBlocks, kTiles>& ds, const Results<kBlocks, kTiles>& weights,
+                        const float* delta) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const float own = delta[column_of(n) + e];
+#pragma unroll
+      for (int i = 0; i < kBlocks * 2; ++i) {
+        float& gradient = ds.x[i / 2][n][i % 2 * 2 + e];
+        gradient = weights.x[i / 2][n][i % 2 * 2 + e] * (gradient + own);
+      }
+    }
+  }
+}
+
 // A block has a tile of keys and kOut elements of both gradients. Reads delta.
 template <typename Element, int kDim, int kRows, int kOut>
 __global__ void __launch_bounds__(kThreads, (kDim * kRows <= 64 * 64) ? 3 : 2)
@@ -51,12 +100,7 @@ __global__ void __launch_bounds__(kThreads, (kDim * kRows <= 64 * 64) ? 3 : 2)
   for_each_tile(
       shared.plan,
       [&](int buffer, int begin) {
-        const int32_t* columns = shared.plan.column + begin;
-        load_rows<kDim, kColumns>(shared.q[buffer].x, rows_of(arrays.q, sample), columns, dim);
-        load_rows<kDim, kColumns>(shared.ct[buffer].x, rows_of(arrays.ct_out, sample), columns,
-                                  value_dim);
-        load_numbers<kColumns>(shared.lse[buffer], rows_of(arrays.lse, sample), columns);
-        load_numbers<kColumns>(shared.delta[buffer], rows_of(arrays.delta, sample), columns);
+        load_queries<Element, kDim, kRows>(shared, arrays, sample, dim, value_dim, buffer, begin);
       },
       [&](int buffer, int begin) {
         Results<kBlocks, kColumns / 8> s, ds;
@@ -65,21 +109,8 @@ __global__ void __launch_bounds__(kThreads, (kDim * kRows <= 64 * 64) ? 3 : 2)
         multiply_rows<Element, kDim>(s, matrix, shared.k.left(row), shared.q[buffer].right());
         finish_logits(s, shared.plan, row, begin, scale, table);
         multiply_rows<Element, kDim>(ds, matrix, shared.v.left(row), shared.ct[buffer].right());
-#pragma unroll
-        for (int n = 0; n < kColumns / 8; ++n) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const float shift = weight_shift(shared.lse[buffer][column_of(n) + e]);
-            const float delta = shared.delta[buffer][column_of(n) + e];
-#pragma unroll
-            for (int i = 0; i < kBlocks * 2; ++i) {
-              float& weight = s.x[i / 2][n][i % 2 * 2 + e];
-              float& gradient = ds.x[i / 2][n][i % 2 * 2 + e];
-              weight = exp2_of(weight * scale.factor() - shift);
-              gradient = weight * (gradient + delta);
-            }
-          }
-        }
+        find_weights(s, shared.lse[buffer], scale.factor());
+        find_ds(ds, s, shared.delta[buffer]);
         multiply_weights<Element, kDim>(dv, matrix, s, shared.ct[buffer].right_transposed(element));
         multiply_weights<Element, kDim>(dk, matrix, ds, shared.q[buffer].right_transposed(element));
       });

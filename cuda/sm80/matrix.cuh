@@ -278,28 +278,35 @@ __device__ void multiply_rows(Results<kBlocks, kTiles>& c, const Matrix<Element>
   }
 }
 
+// c += a b for one product's depth of the rows of b, which begin at the address.
+template <typename Element, int kDim, int kBlocks, int kTiles>
+__device__ void multiply_depth(Results<kBlocks, kTiles>& c, const Matrix<Element>& matrix,
+                               const typename Matrix<Element>::Left (&a)[kBlocks], uint32_t right) {
+#pragma unroll
+  for (int n = 0; n < kTiles / 2; ++n) {
+    typename Matrix<Element>::Right b[2];
+    matrix.template load_transposed<LaneOffset<Element, kDim>::kRowBytes>(
+        b, right + n * 16 * static_cast<int>(sizeof(Element)));
+#pragma unroll
+    for (int m = 0; m < kBlocks; ++m) {
+      matrix.multiply_add(c.x[m][2 * n], a[m], b[0]);
+      matrix.multiply_add(c.x[m][2 * n + 1], a[m], b[1]);
+    }
+  }
+}
+
 // c += w b: w in registers, the rows of b in shared memory.
 template <typename Element, int kDim, int kBlocks, int kTiles, int kTerms>
 __device__ void multiply_weights(Results<kBlocks, kTiles>& c, const Matrix<Element>& matrix,
                                  const Results<kBlocks, kTerms>& w, uint32_t right) {
-  constexpr int kRowBytes = LaneOffset<Element, kDim>::kRowBytes;
   constexpr int kDepth = Matrix<Element>::kDepth;
 #pragma unroll
   for (int k = 0; k < kTerms * 8 / kDepth; ++k) {
     typename Matrix<Element>::Left a[kBlocks];
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m) matrix.from_results(a[m], w.x[m], k);
-#pragma unroll
-    for (int n = 0; n < kTiles / 2; ++n) {
-      typename Matrix<Element>::Right b[2];
-      matrix.template load_transposed<kRowBytes>(
-          b, right + k * kDepth * kRowBytes + n * 16 * static_cast<int>(sizeof(Element)));
-#pragma unroll
-      for (int m = 0; m < kBlocks; ++m) {
-        matrix.multiply_add(c.x[m][2 * n], a[m], b[0]);
-        matrix.multiply_add(c.x[m][2 * n + 1], a[m], b[1]);
-      }
-    }
+    multiply_depth<Element, kDim>(c, matrix, a,
+                                  right + k * kDepth * LaneOffset<Element, kDim>::kRowBytes);
   }
 }
 
