@@ -20,7 +20,9 @@ cudaError_t run_operation(cudaStream_t stream, const BackwardArrays<Element>& ar
     constexpr bool kKeysMayBeLarge = kMayBeLarge && kDim <= 64;
     using Queries = BackwardQueriesShared<Element, kDim, 64>;
     using LargeQueries = BackwardQueriesShared<Element, kDim, 128>;
-    using Keys = BackwardKeysShared<Element, kDim, 64>;
+    // Warps share keys, or each has its own.
+    using Keys = std::conditional_t<kMayBeLarge, PairsShared<Element, kDim>,
+                                    BackwardKeysShared<Element, kDim, 64>>;
     using LargeKeys = BackwardKeysShared<Element, kDim, 128>;
     constexpr int kOut = kDim < 128 ? kDim : 128;  // what registers hold of two gradients
     // All kernels can be launched, or none is.

@@ -117,9 +117,9 @@ __global__ void __launch_bounds__(kThreads, (kDim * kRows <= 64 * 64) ? 3 : 2)
 
   dk.scale(tiling.scale);
   store_rows<kDim>(rows_of(arrays.dk, sample), shared.plan.row + row, element, dim,
-                   shared.k.x + row * kPitch<Element, kDim>, dk);
+                   shared.k.x + row * kDim, dk);
   store_rows<kDim>(rows_of(arrays.dv, sample), shared.plan.row + row, element, value_dim,
-                   shared.v.x + row * kPitch<Element, kDim>, dv);
+                   shared.v.x + row * kDim, dv);
 }
 
 }  // namespace jax_natten::sm80

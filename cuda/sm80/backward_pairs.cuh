@@ -11,14 +11,11 @@
 
 namespace jax_natten::sm80 {
 
-template <typename Element, int kDim>
-using PairsShared = BackwardKeysShared<Element, kDim, 64>;
-
 // Half of a tile's weights, p or ds, of 32 keys: as left operands of products, as they are
 // exchanged.
 template <typename Element, int kTerms>
 struct PairWeights {
-  static constexpr int kBlocks = 2;
+  static constexpr int kBlocks = 2, kCount = kTerms * kBlocks;
   typename Matrix<Element>::Left x[kTerms][kBlocks];
 
   PairWeights() = default;
@@ -26,7 +23,7 @@ struct PairWeights {
   template <int kTiles>
   __device__ PairWeights(const Results<kBlocks, kTiles>& results, const Matrix<Element>& matrix) {
 #pragma unroll
-    for (int i = 0; i < kTerms * kBlocks; ++i) {
+    for (int i = 0; i < kCount; ++i) {
       matrix.from_results(x[i / kBlocks][i % kBlocks], results.x[i % kBlocks], i / kBlocks);
     }
   }
@@ -35,7 +32,7 @@ struct PairWeights {
   template <int kDim, int kTiles>
   __device__ void multiply(Results<kBlocks, kTiles>& sum, const Matrix<Element>& matrix,
                            uint32_t rows) const {
-    constexpr int kBytes = Matrix<Element>::kDepth * LaneOffset<Element, kDim>::kRowBytes;
+    constexpr int kBytes = Matrix<Element>::kDepth * RowLayout<Element, kDim>::kBytes;
 #pragma unroll
     for (int k = 0; k < kTerms; ++k) {
       multiply_depth<Element, kDim>(sum, matrix, x[k], rows + k * kBytes);
@@ -43,51 +40,39 @@ struct PairWeights {
   }
 };
 
-// Where the two warps of a pair exchange weights: in the unit that rows in shared memory are longer
-// than their elements, of both buffers' queries. What a lane writes, only the same lane of the
-// other warp reads; it then may write there itself.
-template <typename Element, int kDim, int kColumns>
-class PairExchange {
-  static constexpr int kTerms = kColumns / 2 / Matrix<Element>::kDepth;
-  using Weights = PairWeights<Element, kTerms>;
-  static_assert(sizeof(typename Matrix<Element>::Left) == kUnitBytes);
-  static_assert(kTerms * Weights::kBlocks * kWarp == 2 * kColumns);
+// What the two warps of a pair give each other. What a lane writes, only the same lane of the other
+// warp reads; then it may write there itself.
+template <typename Weights>
+struct PairExchange {
+  uint4 x[sizeof(Weights) / sizeof(uint4)][kWarp];
 
- public:
-  // `buffers` belong to the pair; its number tells its barriers.
-  __device__ PairExchange(Rows<Element, kDim, kColumns> (&buffers)[2], int pair)
-      : buffers_(buffers), barrier_(1 + 2 * pair) {}
-
-  // Gives weights that the other warp takes, by barrier 0 or 1.
+  // Gives weights to the other warp, which takes them by the same barrier.
   __device__ void give(const Weights& weights, int barrier) {
 #pragma unroll
-    for (int i = 0; i < kTerms * Weights::kBlocks; ++i) {
-      const auto& x = weights.x[i / Weights::kBlocks][i % Weights::kBlocks].x;
-      *place(i) = {x[0], x[1], x[2], x[3]};
+    for (int i = 0; i < Weights::kCount; ++i) {
+      const auto& left = weights.x[i / Weights::kBlocks][i % Weights::kBlocks].x;
+      x[i][lane()] = {left[0], left[1], left[2], left[3]};
     }
-    asm volatile("bar.arrive %0, %1;" ::"r"(barrier_ + barrier), "n"(2 * kWarp) : "memory");
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(2 * kWarp) : "memory");
   }
 
-  __device__ Weights take(int barrier) {
-    asm volatile("bar.sync %0, %1;" ::"r"(barrier_ + barrier), "n"(2 * kWarp) : "memory");
+  __device__ Weights take(int barrier) const {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(2 * kWarp) : "memory");
     Weights weights;
 #pragma unroll
-    for (int i = 0; i < kTerms * Weights::kBlocks; ++i) {
-      const uint4 x = *place(i);
-      weights.x[i / Weights::kBlocks][i % Weights::kBlocks] = {x.x, x.y, x.z, x.w};
+    for (int i = 0; i < Weights::kCount; ++i) {
+      const uint4 left = x[i][lane()];
+      weights.x[i / Weights::kBlocks][i % Weights::kBlocks] = {left.x, left.y, left.z, left.w};
     }
     return weights;
   }
+};
 
- private:
-  __device__ uint4* place(int i) {
-    const int row = i * kWarp % kColumns + lane();
-    Element* unit = buffers_[i * kWarp / kColumns].x + row * kPitch<Element, kDim> + kDim;
-    return reinterpret_cast<uint4*>(unit);
-  }
-
-  Rows<Element, kDim, kColumns> (&buffers_)[2];
-  int barrier_;
+template <typename Element, int kDim>
+struct PairsShared : BackwardKeysShared<Element, kDim, 64> {
+  static constexpr int kHalf = PairsShared::kColumns / 2;
+  using Weights = PairWeights<Element, kHalf / Matrix<Element>::kDepth>;
+  PairExchange<Weights> exchange[2];  // of each pair
 };
 
 // A block has a tile of 64 keys. Reads delta.
@@ -97,9 +82,9 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
                           const __grid_constant__ Problem<kAxes> p,
                           const __grid_constant__ Tiling tiling) {
   using Shared = PairsShared<Element, kDim>;
-  constexpr int kRows = Shared::kRows, kColumns = Shared::kColumns, kHalf = kColumns / 2;
-  constexpr int kTerms = kHalf / Matrix<Element>::kDepth;
-  constexpr int kRowBytes = LaneOffset<Element, kDim>::kRowBytes;
+  using Weights = typename Shared::Weights;
+  constexpr int kRows = Shared::kRows, kHalf = Shared::kHalf;
+  constexpr int kRowBytes = RowLayout<Element, kDim>::kBytes;
   enum : int { kDv, kDk };
   Shared& shared = shared_memory<Shared>();
   const TileIndex tile = tile_index<Side::kKeys>(p, tiling, blockIdx.x);
@@ -111,7 +96,8 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
   const int dim = static_cast<int>(p.dim), value_dim = static_cast<int>(p.value_dim);
   const int warp = static_cast<int>(threadIdx.x) / kWarp, pair = warp / 2, role = warp % 2;
   const int row = pair * 32, own = role * kHalf;
-  PairExchange<Element, kDim, kColumns> exchange(pair == 0 ? shared.q : shared.ct, pair);
+  PairExchange<Weights>& exchange = shared.exchange[pair];
+  const int barriers = 1 + 2 * pair;  // of the pair, for each role that takes
 
   load_rows<kDim, kRows>(shared.k.x, rows_of(arrays.k, sample), shared.plan.source, dim);
   load_rows<kDim, kRows>(shared.v.x, rows_of(arrays.v, sample), shared.plan.source, value_dim);
@@ -130,33 +116,32 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
                                      shared.q[buffer].right() + own * kRowBytes);
         finish_logits(s, shared.plan, row, begin + own, scale, table);
         find_weights(s, shared.lse[buffer] + own, scale.factor());
-        using Weights = PairWeights<Element, kTerms>;
-        if (role == kDk) exchange.give(Weights(s, matrix), kDv);
+        if (role == kDk) exchange.give(Weights(s, matrix), barriers + kDv);
         multiply_rows<Element, kDim>(ds, matrix, shared.v.left(row),
                                      shared.ct[buffer].right() + own * kRowBytes);
         find_ds(ds, s, shared.delta[buffer] + own);
         Weights mine, others;
         if (role == kDv) {
           mine = Weights(s, matrix);
-          others = exchange.take(kDv);
-          exchange.give(Weights(ds, matrix), kDk);
+          others = exchange.take(barriers + kDv);
+          exchange.give(Weights(ds, matrix), barriers + kDk);
         } else {
           mine = Weights(ds, matrix);
         }
         const uint32_t rows = (role == kDv ? shared.ct : shared.q)[buffer].right_transposed();
         mine.template multiply<kDim>(sum, matrix, rows + own * kRowBytes);
-        if (role == kDk) others = exchange.take(kDk);
+        if (role == kDk) others = exchange.take(barriers + kDk);
         others.template multiply<kDim>(sum, matrix, rows + (kHalf - own) * kRowBytes);
       });
 
   // Each warp stages its results in the rows that the other one has read when it gives its weights.
   if (role == kDv) {
     store_rows<kDim>(rows_of(arrays.dv, sample), shared.plan.row + row, 0, value_dim,
-                     shared.k.x + row * kPitch<Element, kDim>, sum);
+                     shared.k.x + row * kDim, sum);
   } else {
     sum.scale(tiling.scale);
     store_rows<kDim>(rows_of(arrays.dk, sample), shared.plan.row + row, 0, dim,
-                     shared.v.x + row * kPitch<Element, kDim>, sum);
+                     shared.v.x + row * kDim, sum);
   }
 }
 

@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, (kDim * kRows <= 64 * 64) ? 3 : 2)
 
   dq.scale(tiling.scale);
   store_rows<kDim>(rows_of(arrays.dq, sample), shared.plan.row + row, 0, dim,
-                   shared.q.x + row * kPitch<Element, kDim>, dq);
+                   shared.q.x + row * kDim, dq);
 }
 
 }  // namespace jax_natten::sm80

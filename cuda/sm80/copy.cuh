@@ -43,6 +43,14 @@ struct alignas(kCount % 4 == 0 ? 16 : 4 * kCount) RowNumbers {
   int32_t x[kCount];
 };
 
+// An element of a row in shared memory.
+template <int kDim, typename Element>
+__device__ Element* element_of(Element* rows, int row, int element) {
+  using Layout = RowLayout<Element, kDim>;
+  constexpr int kSize = sizeof(Element);
+  return rows + Layout::offset(row, element / kUnit<Element>) / kSize + element % kUnit<Element>;
+}
+
 // Starts copying kCount rows, given by their numbers, into rows of kDim elements; what does not
 // exist becomes 0.
 template <int kDim, int kCount, typename Element>
@@ -50,19 +58,20 @@ __device__ void load_rows(Element* to, const Element* from, const int32_t* rows,
   constexpr int kUnits = kDim / kUnit<Element>;
   constexpr int kOwn = kCount * kUnits / kThreads;  // rows of a thread, which follow each other
   static_assert(kOwn * kThreads == kCount * kUnits);
-  const int begin = static_cast<int>(threadIdx.x) % kUnits * kUnit<Element>;
+  using Layout = RowLayout<Element, kDim>;
+  const int unit = static_cast<int>(threadIdx.x) % kUnits, begin = unit * kUnit<Element>;
   const int first = static_cast<int>(threadIdx.x) / kUnits * kOwn;
-  Element* own = to + first * kPitch<Element, kDim> + begin;
   const auto numbers = *reinterpret_cast<const RowNumbers<kOwn>*>(rows + first);
   const int row_bytes = length * static_cast<int>(sizeof(Element));
   const char* column = reinterpret_cast<const char*>(from + begin);
   if (has_whole_units<Element>(length)) {
     const bool inside = begin < length;
-    const uint32_t address = shared_address(own);
+    const uint32_t address = shared_address(to) + Layout::offset(first, unit);
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       const int32_t row = numbers.x[i];
-      copy_async<kUnitBytes>(address + i * LaneOffset<Element, kDim>::kRowBytes,
+      // swizzle(first + i) = swizzle(first) ^ swizzle(i)
+      copy_async<kUnitBytes>((address ^ (Layout::swizzle(i) * kUnitBytes)) + i * Layout::kBytes,
                              column + static_cast<int64_t>(row) * row_bytes,
                              inside && row != kNoRow);
     }
@@ -78,7 +87,7 @@ __device__ void load_rows(Element* to, const Element* from, const int32_t* rows,
       if (row != kNoRow && begin + e < length) {
         value = from[static_cast<int64_t>(row) * length + begin + e];
       }
-      own[i * kPitch<Element, kDim> + e] = value;
+      *element_of<kDim>(to, first + i, begin + e) = value;
     }
   }
 }
@@ -94,8 +103,8 @@ __device__ void stage_rows(Element* staging, const Results<kBlocks, kTiles>& res
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        Element* pair = staging + (m * 16 + r * 8 + lane() / 4) * kPitch<Element, kDim> + n * 8 +
-                        lane() % 4 * 2;
+        Element* pair =
+            element_of<kDim>(staging, m * 16 + r * 8 + lane() / 4, n * 8 + lane() % 4 * 2);
         const float x = results.x[m][n][2 * r];
         const float y = results.x[m][n][2 * r + 1];
         if constexpr (sizeof(Element) == 2) {
@@ -114,7 +123,6 @@ __device__ void stage_rows(Element* staging, const Results<kBlocks, kTiles>& res
 template <int kDim, typename Element, int kBlocks, int kTiles>
 __device__ void store_rows(Element* to, const int32_t* rows, int begin, int length,
                            Element* staging, const Results<kBlocks, kTiles>& results) {
-  constexpr int kLength = kPitch<Element, kDim>;
   stage_rows<kDim>(staging, results);
   if (has_whole_units<Element>(length)) {
     constexpr int kUnits = kTiles * 8 / kUnit<Element>;
@@ -123,7 +131,7 @@ __device__ void store_rows(Element* to, const int32_t* rows, int begin, int leng
       const int at = i % kUnits * kUnit<Element>;
       if (row == kNoRow || begin + at >= length) continue;
       *reinterpret_cast<uint4*>(to + static_cast<int64_t>(row) * length + begin + at) =
-          *reinterpret_cast<const uint4*>(staging + i / kUnits * kLength + at);
+          *reinterpret_cast<const uint4*>(element_of<kDim>(staging, i / kUnits, at));
     }
     return;
   }
@@ -132,7 +140,8 @@ __device__ void store_rows(Element* to, const int32_t* rows, int begin, int leng
     const int32_t row = rows[i / (kTiles * 8)];
     const int at = i % (kTiles * 8);
     if (row == kNoRow || begin + at >= length) continue;
-    to[static_cast<int64_t>(row) * length + begin + at] = staging[i / (kTiles * 8) * kLength + at];
+    to[static_cast<int64_t>(row) * length + begin + at] =
+        *element_of<kDim>(staging, i / (kTiles * 8), at);
   }
 }
 

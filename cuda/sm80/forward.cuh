@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 && kRows == 64 ? 4 : 2)
   }
   out.scale_rows(factor);
   store_rows<kDim>(rows_of(arrays.out, sample), shared.plan.row + row, 0, value_dim,
-                   shared.q.x + row * kPitch<Element, kDim>, out);
+                   shared.q.x + row * kDim, out);
 }
 
 template <typename Element>

@@ -16,7 +16,7 @@ namespace jax_natten::sm80 {
 template <typename Element, int kDim>
 constexpr int columns_for(int arrays, int most = 64, int bytes = 72 * 1024) {
   int columns = most;
-  while (columns > 16 && 2 * arrays * columns * LaneOffset<Element, kDim>::kRowBytes > bytes) {
+  while (columns > 16 && 2 * arrays * columns * RowLayout<Element, kDim>::kBytes > bytes) {
     columns /= 2;
   }
   return columns;
@@ -24,23 +24,23 @@ constexpr int columns_for(int arrays, int most = 64, int bytes = 72 * 1024) {
 
 template <typename Element, int kDim, int kCount>
 struct Rows {
-  alignas(16) Element x[kCount * kPitch<Element, kDim>];
+  alignas(128) Element x[kCount * kDim];
 
   // Addresses of the lane for products.
   __device__ uint32_t left(int row) const {
-    return shared_address(x + row * kPitch<Element, kDim>) + LaneOffset<Element, kDim>::left();
+    return shared_address(x + row * kDim) + RowLayout<Element, kDim>::left();
   }
   __device__ uint32_t right() const {
-    return shared_address(x) + LaneOffset<Element, kDim>::right();
+    return shared_address(x) + RowLayout<Element, kDim>::right();
   }
   __device__ uint32_t right_transposed(int begin = 0) const {
-    return shared_address(x + begin) + LaneOffset<Element, kDim>::right_transposed();
+    return shared_address(x + begin) + RowLayout<Element, kDim>::right_transposed();
   }
 };
 
 template <typename Shared>
 __device__ Shared& shared_memory() {
-  extern __shared__ __align__(16) unsigned char memory[];
+  extern __shared__ __align__(128) unsigned char memory[];
   return *reinterpret_cast<Shared*>(memory);
 }
 

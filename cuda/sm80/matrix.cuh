@@ -27,11 +27,6 @@ inline constexpr int kUnitBytes = 16;  // what a lane copies at once, and half o
 template <typename Element>
 inline constexpr int kUnit = kUnitBytes / sizeof(Element);
 
-// Rows in shared memory are a unit longer than their elements, so that eight of them lie in
-// different banks.
-template <typename Element, int kDim>
-inline constexpr int kPitch = kDim + kUnit<Element>;
-
 __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
@@ -53,23 +48,46 @@ __device__ inline void load_matrices_transposed(uint32_t (&x)[4], uint32_t addre
                : "memory");
 }
 
-// Byte offsets of a lane's address for load_matrices, from the first of 16 rows.
+// Rows in shared memory, which begin at multiples of 128 bytes. The units of a row are permuted, so
+// that the units of one number in eight neighboring rows lie in different banks: unit u lies where
+// unit u ^ s would be, s the row's number, of which two short rows share one.
 template <typename Element, int kDim>
-struct LaneOffset {
-  static constexpr int kRowBytes = kPitch<Element, kDim> * static_cast<int>(sizeof(Element));
+struct RowLayout {
+  static constexpr int kBytes = kDim * static_cast<int>(sizeof(Element));
+  static constexpr int kUnits = kBytes / kUnitBytes;
+  static constexpr int kCycle = kUnits < 8 ? kUnits : 8;
+  static_assert(kCycle == 8 || kCycle == 4);
 
+  static constexpr __device__ int swizzle(int row) { return row / (8 / kCycle) % kCycle; }
+
+  // In bytes from the first row.
+  static constexpr __device__ int offset(int row, int unit) {
+    return row * kBytes + (unit ^ swizzle(row)) * kUnitBytes;
+  }
+
+  // The address of the unit so many further in the same row, where no bit of that number is set in
+  // the number of the unit at hand.
+  static __device__ uint32_t further(uint32_t address, int units) {
+    return (address ^ (units % 8 * kUnitBytes)) + units / 8 * 8 * kUnitBytes;
+  }
+
+  // A lane's addresses for load_matrices, from the first of 16 rows.
   // Left operand: matrices by row, then by depth.
-  static __device__ uint32_t left() { return lane() % 16 * kRowBytes + lane() / 16 * kUnitBytes; }
+  static __device__ int left() { return offset(lane() % 16, lane() / 16); }
   // Right operand whose rows are the result's columns: matrices by depth, then by column.
-  static __device__ uint32_t right() {
-    return (lane() % 8 + lane() / 16 * 8) * kRowBytes + lane() / 8 % 2 * kUnitBytes;
+  // It is computed where it is used: before the loop over tiles it would go into local memory, and
+  // reading that waits for the copies on their way.
+  static __device__ int right() {
+    int here = lane();
+    asm volatile("" : "+r"(here));
+    return offset(here % 8 + here / 16 * 8, here / 8 % 2);
   }
   // Right operand whose rows are the depth.
-  static __device__ uint32_t right_transposed() {
+  static __device__ int right_transposed() {
     if constexpr (sizeof(Element) == 2) {
-      return lane() % 16 * kRowBytes + lane() / 16 * kUnitBytes;
+      return offset(lane() % 16, lane() / 16);
     } else {
-      return 2 * (lane() % 4) * kRowBytes + lane() / 4 * static_cast<int>(sizeof(Element));
+      return offset(2 * (lane() % 4), lane() / 16) + lane() / 4 % 4 * 4;
     }
   }
 };
@@ -179,10 +197,11 @@ struct Matrix<float> {
   __device__ void load_transposed(Right (&b)[2], uint32_t address) const {
     for (int i = 0; i < 4; ++i) {
       float x;
-      asm volatile("ld.shared.f32 %0, [%1];"
-                   : "=f"(x)
-                   : "r"(address + i % 2 * kRowBytes + i / 2 * 32)
-                   : "memory");
+      asm volatile(
+          "ld.shared.f32 %0, [%1];"
+          : "=f"(x)
+          : "r"((address ^ (i % 2 * kUnitBytes + i / 2 * 2 * kUnitBytes)) + i % 2 * kRowBytes)
+          : "memory");
       split(b[i / 2], i % 2, x);
     }
   }
@@ -257,18 +276,18 @@ struct Results {
 template <typename Element, int kDim, int kBlocks, int kTiles>
 __device__ void multiply_rows(Results<kBlocks, kTiles>& c, const Matrix<Element>& matrix,
                               uint32_t left, uint32_t right) {
-  constexpr int kRowBytes = LaneOffset<Element, kDim>::kRowBytes;
+  using Layout = RowLayout<Element, kDim>;
 #pragma unroll
   for (int k = 0; k < kDim / Matrix<Element>::kDepth; ++k) {
     typename Matrix<Element>::Left a[kBlocks];
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m) {
-      matrix.load(a[m], left + m * 16 * kRowBytes + k * 2 * kUnitBytes);
+      matrix.load(a[m], Layout::further(left, 2 * k) + m * 16 * Layout::kBytes);
     }
 #pragma unroll
     for (int n = 0; n < kTiles / 2; ++n) {
       typename Matrix<Element>::Right b[2];
-      matrix.load(b, right + n * 16 * kRowBytes + k * 2 * kUnitBytes);
+      matrix.load(b, Layout::further(right, 2 * k) + n * 16 * Layout::kBytes);
 #pragma unroll
       for (int m = 0; m < kBlocks; ++m) {
         matrix.multiply_add(c.x[m][2 * n], a[m], b[0]);
@@ -282,11 +301,12 @@ __device__ void multiply_rows(Results<kBlocks, kTiles>& c, const Matrix<Element>
 template <typename Element, int kDim, int kBlocks, int kTiles>
 __device__ void multiply_depth(Results<kBlocks, kTiles>& c, const Matrix<Element>& matrix,
                                const typename Matrix<Element>::Left (&a)[kBlocks], uint32_t right) {
+  using Layout = RowLayout<Element, kDim>;
 #pragma unroll
   for (int n = 0; n < kTiles / 2; ++n) {
     typename Matrix<Element>::Right b[2];
-    matrix.template load_transposed<LaneOffset<Element, kDim>::kRowBytes>(
-        b, right + n * 16 * static_cast<int>(sizeof(Element)));
+    matrix.template load_transposed<Layout::kBytes>(
+        b, Layout::further(right, n * 16 / kUnit<Element>));
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m) {
       matrix.multiply_add(c.x[m][2 * n], a[m], b[0]);
@@ -306,7 +326,7 @@ __device__ void multiply_weights(Results<kBlocks, kTiles>& c, const Matrix<Eleme
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m) matrix.from_results(a[m], w.x[m], k);
     multiply_depth<Element, kDim>(c, matrix, a,
-                                  right + k * kDepth * LaneOffset<Element, kDim>::kRowBytes);
+                                  right + k * kDepth * RowLayout<Element, kDim>::kBytes);
   }
 }
 

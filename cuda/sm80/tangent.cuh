@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
     }
   }
   store_rows<kDim>(rows_of(arrays.dout, sample), shared.plan.row + row, element, value_dim,
-                   shared.q.x + row * kPitch<Element, kDim>, changed);
+                   shared.q.x + row * kDim, changed);
 }
 
 template <typename Element>

@@ -201,7 +201,7 @@ __device__ void sum_weighted(WeightedShared<Element, kDim>& shared, const Tensor
         multiply_weights<Element, kDim>(sum, matrix, w, shared.x[buffer].right_transposed());
       });
   store_rows<kDim>(rows_of(out, sample), shared.plan.row + row, 0, length,
-                   shared.staging.x + row * kPitch<Element, kDim>, sum);
+                   shared.staging.x + row * kDim, sum);
 }
 
 template <typename Element, int kDim>
