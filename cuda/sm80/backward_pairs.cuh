@@ -2,9 +2,9 @@
 // logits and one of the two gradients. For as many products, a warp reads two thirds of the
 // operands that one with 16 keys of its own reads, and these reads are what such a warp waits for.
 //
-//          logits and ds of     gives       takes      sums
-//   kDv    the first queries    ds          p          dv = sum p ct_out
-//   kDk    the last queries     p           ds         dk = scale sum ds q
+//          p and ds of          gives       sums
+//   kDv    the first queries    ds          dv = sum p ct_out
+//   kDk    the last queries     p           dk = scale sum ds q
 #pragma once
 
 #include "cuda/sm80/backward_keys.cuh"
@@ -28,6 +28,18 @@ struct PairWeights {
     }
   }
 
+  // Exchanges the two, or not.
+  __device__ friend void swap_where(bool condition, PairWeights& a, PairWeights& b) {
+#pragma unroll
+    for (int i = 0; i < kCount * 4; ++i) {
+      uint32_t& x = a.x[i / 4 / kBlocks][i / 4 % kBlocks].x[i % 4];
+      uint32_t& y = b.x[i / 4 / kBlocks][i / 4 % kBlocks].x[i % 4];
+      const uint32_t old = x;
+      x = condition ? y : x;
+      y = condition ? old : y;
+    }
+  }
+
   // sum += weights^T rows
   template <int kDim, int kTiles>
   __device__ void multiply(Results<kBlocks, kTiles>& sum, const Matrix<Element>& matrix,
@@ -40,13 +52,11 @@ struct PairWeights {
   }
 };
 
-// What the two warps of a pair give each other. What a lane writes, only the same lane of the other
-// warp reads; then it may write there itself.
+// What a warp gives the other one of its pair. Barriers are those of the warp that takes.
 template <typename Weights>
 struct PairExchange {
-  uint4 x[sizeof(Weights) / sizeof(uint4)][kWarp];
+  uint4 x[Weights::kCount][kWarp];
 
-  // Gives weights to the other warp, which takes them by the same barrier.
   __device__ void give(const Weights& weights, int barrier) {
 #pragma unroll
     for (int i = 0; i < Weights::kCount; ++i) {
@@ -72,7 +82,7 @@ template <typename Element, int kDim>
 struct PairsShared : BackwardKeysShared<Element, kDim, 64> {
   static constexpr int kHalf = PairsShared::kColumns / 2;
   using Weights = PairWeights<Element, kHalf / Matrix<Element>::kDepth>;
-  PairExchange<Weights> exchange[2];  // of each pair
+  PairExchange<Weights> exchange[kThreads / kWarp];  // by the warp that gives
 };
 
 // A block has a tile of 64 keys. Reads delta.
@@ -94,10 +104,8 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
   const LogitScale scale(tiling.scale, arrays.has_bias());
   const Matrix<Element> matrix(p.tf32);
   const int dim = static_cast<int>(p.dim), value_dim = static_cast<int>(p.value_dim);
-  const int warp = static_cast<int>(threadIdx.x) / kWarp, pair = warp / 2, role = warp % 2;
-  const int row = pair * 32, own = role * kHalf;
-  PairExchange<Weights>& exchange = shared.exchange[pair];
-  const int barriers = 1 + 2 * pair;  // of the pair, for each role that takes
+  const int warp = static_cast<int>(threadIdx.x / kWarp), role = warp % 2, other = warp ^ 1;
+  const int row = warp / 2 * 32, own = role * kHalf;
 
   load_rows<kDim, kRows>(shared.k.x, rows_of(arrays.k, sample), shared.plan.source, dim);
   load_rows<kDim, kRows>(shared.v.x, rows_of(arrays.v, sample), shared.plan.source, value_dim);
@@ -115,33 +123,27 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
         multiply_rows<Element, kDim>(s, matrix, shared.k.left(row),
                                      shared.q[buffer].right() + own * kRowBytes);
         finish_logits(s, shared.plan, row, begin + own, scale, table);
-        find_weights(s, shared.lse[buffer] + own, scale.factor());
-        if (role == kDk) exchange.give(Weights(s, matrix), barriers + kDv);
         multiply_rows<Element, kDim>(ds, matrix, shared.v.left(row),
                                      shared.ct[buffer].right() + own * kRowBytes);
+        find_weights(s, shared.lse[buffer] + own, scale.factor());
         find_ds(ds, s, shared.delta[buffer] + own);
-        Weights mine, others;
-        if (role == kDv) {
-          mine = Weights(s, matrix);
-          others = exchange.take(barriers + kDv);
-          exchange.give(Weights(ds, matrix), barriers + kDk);
-        } else {
-          mine = Weights(ds, matrix);
-        }
+        Weights kept(s, matrix), given(ds, matrix);
+        swap_where(role == kDk, kept, given);
+        shared.exchange[warp].give(given, 1 + other);
         const uint32_t rows = (role == kDv ? shared.ct : shared.q)[buffer].right_transposed();
-        mine.template multiply<kDim>(sum, matrix, rows + own * kRowBytes);
-        if (role == kDk) others = exchange.take(barriers + kDk);
-        others.template multiply<kDim>(sum, matrix, rows + (kHalf - own) * kRowBytes);
+        kept.template multiply<kDim>(sum, matrix, rows + own * kRowBytes);
+        shared.exchange[other].take(1 + warp).template multiply<kDim>(
+            sum, matrix, rows + (kHalf - own) * kRowBytes);
       });
 
-  // Each warp stages its results in the rows that the other one has read when it gives its weights.
+  // What the other warp gave last it had from the last rows that it read of k and v.
   if (role == kDv) {
     store_rows<kDim>(rows_of(arrays.dv, sample), shared.plan.row + row, 0, value_dim,
-                     shared.k.x + row * kDim, sum);
+                     shared.v.x + row * kDim, sum);
   } else {
     sum.scale(tiling.scale);
     store_rows<kDim>(rows_of(arrays.dk, sample), shared.plan.row + row, 0, dim,
-                     shared.v.x + row * kDim, sum);
+                     shared.k.x + row * kDim, sum);
   }
 }
 

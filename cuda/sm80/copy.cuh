@@ -45,10 +45,10 @@ struct alignas(kCount % 4 == 0 ? 16 : 4 * kCount) RowNumbers {
 
 // An element of a row in shared memory.
 template <int kDim, typename Element>
-__device__ Element* element_of(Element* rows, int row, int element) {
+__device__ Element* element_of(Element* rows, unsigned row, unsigned element) {
   using Layout = RowLayout<Element, kDim>;
-  constexpr int kSize = sizeof(Element);
-  return rows + Layout::offset(row, element / kUnit<Element>) / kSize + element % kUnit<Element>;
+  return rows + Layout::offset(row, element / kUnit<Element>) / sizeof(Element) +
+         element % kUnit<Element>;
 }
 
 // Starts copying kCount rows, given by their numbers, into rows of kDim elements; what does not
@@ -59,8 +59,8 @@ __device__ void load_rows(Element* to, const Element* from, const int32_t* rows,
   constexpr int kOwn = kCount * kUnits / kThreads;  // rows of a thread, which follow each other
   static_assert(kOwn * kThreads == kCount * kUnits);
   using Layout = RowLayout<Element, kDim>;
-  const int unit = static_cast<int>(threadIdx.x) % kUnits, begin = unit * kUnit<Element>;
-  const int first = static_cast<int>(threadIdx.x) / kUnits * kOwn;
+  const int unit = static_cast<int>(threadIdx.x % kUnits), begin = unit * kUnit<Element>;
+  const int first = static_cast<int>(threadIdx.x / kUnits) * kOwn;
   const auto numbers = *reinterpret_cast<const RowNumbers<kOwn>*>(rows + first);
   const int row_bytes = length * static_cast<int>(sizeof(Element));
   const char* column = reinterpret_cast<const char*>(from + begin);
@@ -92,27 +92,32 @@ __device__ void load_rows(Element* to, const Element* from, const int32_t* rows,
   }
 }
 
+// Two neighboring elements, into shared memory.
+template <typename Element>
+__device__ void store_pair(uint32_t to, float x, float y) {
+  if constexpr (sizeof(Element) == 2) {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(pack<Element>(x, y)) : "memory");
+  } else {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(x), "f"(y) : "memory");
+  }
+}
+
 // Puts a warp's results into rows of shared memory of which no other warp knows.
 template <int kDim, typename Element, int kBlocks, int kTiles>
 __device__ void stage_rows(Element* staging, const Results<kBlocks, kTiles>& results) {
   static_assert(kTiles * 8 <= kDim);
+  using Layout = RowLayout<Element, kDim>;
+  constexpr int kUnitsOfTile = 8 / kUnit<Element>;
+  const int pair = lane() % 4 * 2;  // the lane's elements of a tile
+  const uint32_t own = shared_address(element_of<kDim>(staging, lane() / 4, pair));
   __syncwarp();
 #pragma unroll
-  for (int m = 0; m < kBlocks; ++m) {
+  for (int n = 0; n < kTiles; ++n) {
+    const uint32_t address = Layout::further(own, n * kUnitsOfTile);
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        Element* pair =
-            element_of<kDim>(staging, m * 16 + r * 8 + lane() / 4, n * 8 + lane() % 4 * 2);
-        const float x = results.x[m][n][2 * r];
-        const float y = results.x[m][n][2 * r + 1];
-        if constexpr (sizeof(Element) == 2) {
-          *reinterpret_cast<uint32_t*>(pair) = pack<Element>(x, y);
-        } else {
-          *reinterpret_cast<float2*>(pair) = {x, y};
-        }
-      }
+    for (int i = 0; i < kBlocks * 2; ++i) {
+      store_pair<Element>(address + i * 8 * Layout::kBytes, results.x[i / 2][n][i % 2 * 2],
+                          results.x[i / 2][n][i % 2 * 2 + 1]);
     }
   }
   __syncwarp();
@@ -126,9 +131,9 @@ __device__ void store_rows(Element* to, const int32_t* rows, int begin, int leng
   stage_rows<kDim>(staging, results);
   if (has_whole_units<Element>(length)) {
     constexpr int kUnits = kTiles * 8 / kUnit<Element>;
-    for (int i = lane(); i < kBlocks * 16 * kUnits; i += kWarp) {
+    for (unsigned i = lane(); i < kBlocks * 16 * kUnits; i += kWarp) {
       const int32_t row = rows[i / kUnits];
-      const int at = i % kUnits * kUnit<Element>;
+      const int at = static_cast<int>(i % kUnits) * kUnit<Element>;
       if (row == kNoRow || begin + at >= length) continue;
       *reinterpret_cast<uint4*>(to + static_cast<int64_t>(row) * length + begin + at) =
           *reinterpret_cast<const uint4*>(element_of<kDim>(staging, i / kUnits, at));

@@ -47,7 +47,7 @@ __device__ inline int row_of(int first, int m, int r) {
 // The first row of a warp's blocks where every warp has rows of its own.
 template <int kBlocks>
 __device__ int first_row() {
-  return static_cast<int>(threadIdx.x) / kWarp * kBlocks * 16;
+  return static_cast<int>(threadIdx.x / kWarp) * kBlocks * 16;
 }
 
 // The shifts of the lane's rows.

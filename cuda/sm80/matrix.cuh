@@ -31,7 +31,8 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-__device__ inline int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
+// Unsigned while divided, which takes an instruction less for every use.
+__device__ inline int lane() { return static_cast<int>(threadIdx.x % kWarp); }
 
 // Four matrices of 8 rows of 16 bytes; lane l gives the address of row l%8 of matrix l/8.
 __device__ inline void load_matrices(uint32_t (&x)[4], uint32_t address) {
@@ -58,32 +59,32 @@ struct RowLayout {
   static constexpr int kCycle = kUnits < 8 ? kUnits : 8;
   static_assert(kCycle == 8 || kCycle == 4);
 
-  static constexpr __device__ int swizzle(int row) { return row / (8 / kCycle) % kCycle; }
+  static constexpr __device__ unsigned swizzle(unsigned row) { return row / (8 / kCycle) % kCycle; }
 
   // In bytes from the first row.
-  static constexpr __device__ int offset(int row, int unit) {
+  static constexpr __device__ unsigned offset(unsigned row, unsigned unit) {
     return row * kBytes + (unit ^ swizzle(row)) * kUnitBytes;
   }
 
   // The address of the unit so many further in the same row, where no bit of that number is set in
   // the number of the unit at hand.
-  static __device__ uint32_t further(uint32_t address, int units) {
+  static constexpr __device__ uint32_t further(uint32_t address, unsigned units) {
     return (address ^ (units % 8 * kUnitBytes)) + units / 8 * 8 * kUnitBytes;
   }
 
   // A lane's addresses for load_matrices, from the first of 16 rows.
   // Left operand: matrices by row, then by depth.
-  static __device__ int left() { return offset(lane() % 16, lane() / 16); }
+  static __device__ unsigned left() { return offset(lane() % 16, lane() / 16); }
   // Right operand whose rows are the result's columns: matrices by depth, then by column.
-  // It is computed where it is used: before the loop over tiles it would go into local memory, and
-  // reading that waits for the copies on their way.
-  static __device__ int right() {
-    int here = lane();
+  // They are computed where they are used: the compiler would else compute them before the loop
+  // over tiles and put them into local memory, whose reads wait for copies on their way.
+  static __device__ unsigned right() {
+    unsigned here = lane();
     asm volatile("" : "+r"(here));
     return offset(here % 8 + here / 16 * 8, here / 8 % 2);
   }
   // Right operand whose rows are the depth.
-  static __device__ int right_transposed() {
+  static __device__ unsigned right_transposed() {
     if constexpr (sizeof(Element) == 2) {
       return offset(lane() % 16, lane() / 16);
     } else {
