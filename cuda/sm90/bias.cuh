@@ -7,37 +7,46 @@
 
 namespace jax_natten::sm90 {
 
-// Brings the table of a plan's head, and finds the entries of its queries. All lanes of a warp.
-template <typename Plan>
-__device__ void plan_biases(Plan& plan, const Problem<kAxes>& problem, const BiasedShape& shape) {
-  const int lane = lane_id();
-  const float* table = shape.table.head(plan.sample, plan.head).data;
-#pragma unroll 4
-  for (int i = lane; i < shape.entries; i += kWarp) {
-    plan.bias[shape.before + i] = __ldg(table + i) * shape.factor;
-  }
-  int first = 0;  // of the first key for the first query
-  if (lane < kAxes) {
-    const AxisQueries queries(problem, shape, plan.sample, lane, plan.query[lane]);
-    const int64_t offset = plan.begin[lane] - queries.first.position;
-    first = static_cast<int>(offset + problem.window[lane].kernel_size - 1) * shape.bias[lane];
-  }
-  first = shape.before + __reduce_add_sync(kAllLanes, first);
-  for (int i = lane; i < Plan::kQueries; i += kWarp) {
-    int entry = first;
+// How far back rows have their entries. All lanes of a warp.
+template <int kCount>
+__device__ void find_rows(int (&row_bias)[kCount], const BiasedShape& shape) {
+  for (int i = lane_id(); i < kCount; i += kWarp) {
+    row_bias[i] = 0;
     for (int a = 0; a < kAxes; ++a) {
-      entry -= step_of_row(shape, i / kRows, i % kRows, a) * shape.bias[a];
+      row_bias[i] += step_of_row(shape, i / kRows, i % kRows, a) * shape.bias[a];
     }
-    plan.entry[i] = entry;
   }
 }
 
-// The biases of a lane's logits of a tile.
-template <typename Plan, int kCount>
-__device__ __forceinline__ void load_biases(float (&s)[kCount], const Plan& plan, const KeyBox& box,
-                                            const BiasedShape& shape, int consumer) {
-  const int entry = plan.entry[consumer * kRows + lane_row(0)] + 2 * (lane_id() % 4);
-  const uint32_t tile = shared_address(plan.bias + entry + box.entry);
+// Brings the table of a plan's head. All lanes of a warp.
+template <typename Plan>
+__device__ void bring_biases(Plan& plan, const BiasedShape& shape) {
+  const float* table = shape.table.head(plan.sample, plan.head).data;
+#pragma unroll 8
+  for (int i = lane_id(); i < shape.entries; i += kWarp) {
+    plan.bias[shape.before + i] = __ldg(table + i) * shape.factor;
+  }
+}
+
+// The entry of the first key of a tile for the block's first query.
+template <typename Plan>
+__device__ __forceinline__ int first_bias(const Plan& plan, const Problem<kAxes>& problem,
+                                          const BiasedShape& shape, const int (&tile)[kAxes]) {
+  int entry = shape.before;
+#pragma unroll
+  for (int a = 0; a < kAxes; ++a) {
+    const int key = plan.begin[a] + tile[a] * shape.keys[a];
+    const int center = static_cast<int>(problem.window[a].kernel_size) - 1;
+    entry += (key - plan.position[a] + center) * shape.bias[a];
+  }
+  return entry;
+}
+
+// The biases of a lane's logits of a tile, whose first one is that of the lane's first query.
+template <int kCount>
+__device__ __forceinline__ void load_biases(float (&s)[kCount], const float* first,
+                                            const BiasedShape& shape) {
+  const uint32_t tile = shared_address(first + 2 * (lane_id() % 4));
 #pragma unroll
   for (int i = 0; i < kCount / 2; ++i) {
     const uint32_t pair = tile + shape.run[i / 2][i % 2];

@@ -62,7 +62,7 @@ struct Config {
   // Outputs leave through memory of their own where there is room, so that the next queries can
   // come while they do; else through that of the queries.
   static constexpr bool kHasOut = kConsumers * (kQueryBytes + kOutBytes) +
-                                      kStages * (kKeyBytes + kValueBytes) + 8 * kBiases + 8192 <=
+                                      kStages * (kKeyBytes + kValueBytes) + 8 * kBiases + 5120 <=
                                   227 * 1024 / kBlocks;
   static_assert(kHasOut || kOutBytes <= kQueryBytes);
 };
@@ -76,19 +76,16 @@ struct Handover {
 // Where a tile of keys begins, in bits of masks from the first key that the block's queries see.
 struct KeyBox {
   alignas(16) int bit[kAxes];
-  int entry;  // and from the entry of that key, in a table of biases
+  int bias;  // and its entry in a table of biases
 };
 
-// A plan, and where there are biases the table of its head, and each query's entry of the first
-// key.
-template <int kQueryCount, int kBiases>
-struct PlanOf : Plan<kQueryCount> {
-  static constexpr int kQueries = kQueryCount;
+// A plan, and where there are biases the table of its head.
+template <int kQueries, int kBiases>
+struct PlanOf : Plan<kQueries> {
   float bias[kBiases];
-  int entry[kQueries];
 };
-template <int kQueryCount>
-struct PlanOf<kQueryCount, 0> : Plan<kQueryCount> {};
+template <int kQueries>
+struct PlanOf<kQueries, 0> : Plan<kQueries> {};
 
 template <typename Config>
 struct Shared {
@@ -107,6 +104,8 @@ struct Shared {
   Handover queries[Config::kConsumers];
   Handover keys[kStages];
   Handover values[kStages];
+  // How far back, in a table of biases, a query has its entries.
+  int row_bias[Config::kHasBias ? Config::kConsumers * kRows : 1];
 
   __device__ __forceinline__ unsigned char* out(int consumer) {
     return Config::kHasOut ? own_out + consumer * Config::kOutBytes : q[consumer];
@@ -114,10 +113,10 @@ struct Shared {
 
   __device__ void init_barriers() {
     for (Handover& plan : plans) {
-      plan.full.init(1);
+      plan.full.init(kWarp);
       plan.free.init(1 + 4 * Config::kConsumers);  // the producer and every consuming warp
     }
-    for (Barrier& window : windows) window.init(1);
+    for (Barrier& window : windows) window.init(kWarp);
     for (Handover& query : queries) {
       query.full.init(1);
       query.free.init(1);

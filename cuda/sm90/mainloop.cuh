@@ -105,6 +105,13 @@ struct Consumer {
     if constexpr (kMasked) mask.words_of(shared.box[box.place], shape, words);
   }
 
+  // The tile whose logits come next.
+  template <typename Plan>
+  __device__ __forceinline__ void begin_with_biases(const Plan& plan, float (&s)[kLogits]) {
+    const int row = number * kRows + lane_row(0);
+    load_biases(s, plan.bias + shared.box[box.place].bias - shared.row_bias[row], shape);
+  }
+
   // Before the values of a tile are used, of a plan that has missing ones.
   template <typename Plan>
   __device__ __forceinline__ void clear_values(const Plan& plan) {
@@ -130,7 +137,7 @@ struct Consumer {
       constexpr bool kMasked = decltype(masked)::value;
       uint32_t words[kLaneRows][2];
       shared.keys[key.place].full.wait(key.parity);
-      if constexpr (Config::kHasBias) load_biases(s, plan, shared.box[box.place], shape, number);
+      if constexpr (Config::kHasBias) begin_with_biases(plan, s);
       pin(s);
       begin_products();
       begin_logits(s);
@@ -163,7 +170,7 @@ struct Consumer {
       constexpr bool kMasked = decltype(masked)::value;
       uint32_t words[kLaneRows][2];
       shared.keys[key.place].full.wait(key.parity);
-      if constexpr (Config::kHasBias) load_biases(s, plan, shared.box[box.place], shape, number);
+      if constexpr (Config::kHasBias) begin_with_biases(plan, s);
       pin(s);
       pin(out);
       pin(p);

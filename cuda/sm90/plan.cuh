@@ -26,6 +26,7 @@ struct Plan {
   int head;
   int kv_head;
   int query[kAxes];       // array index of the first query; the next are a dilation apart
+  int position[kAxes];    // and its position
   int key[kAxes];         // array index of the first key
   int begin[kAxes];       // and its position
   int existing[kAxes];    // keys from there that exist; what the array has beyond does not
@@ -124,6 +125,7 @@ __device__ void plan_tiles(Plan<kQueries>& plan, const Problem<kAxes>& problem, 
   const bool has_missing_keys = __any_sync(kAllLanes, is_first && has_missing);
   if (is_first) {
     plan.query[axis] = index;
+    plan.position[axis] = static_cast<int>(queries.first.position);
     plan.key[axis] = static_cast<int>(begin * queries.window.dilation + queries.first.group -
                                       queries.frame.key_origin);
     plan.begin[axis] = begin;

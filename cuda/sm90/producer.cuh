@@ -28,16 +28,16 @@ template <typename Config>
 __device__ void run_planner(Shared<Config>& shared, const Problem<kAxes>& problem,
                             const typename Config::Shape& shape, const QueryTiles& tiles) {
   Cursor<2> cursor;
+  if constexpr (Config::kHasBias) find_rows(shared.row_bias, shape);
   tiles.for_each([&](unsigned number) {
     Handover& handover = shared.plans[cursor.place];
     handover.free.wait(cursor.parity ^ 1);
     auto& plan = shared.plan[cursor.place];
     plan_tiles(plan, problem, shape, number);
-    if (threadIdx.x % kWarp == 0) handover.full.arrive();
+    handover.full.arrive();
     plan_windows(plan, problem, shape);
-    if constexpr (Config::kHasBias) plan_biases(plan, problem, shape);
-    __syncwarp();
-    if (threadIdx.x % kWarp == 0) shared.windows[cursor.place].arrive();
+    if constexpr (Config::kHasBias) bring_biases(plan, shape);
+    shared.windows[cursor.place].arrive();
     cursor.advance();
   });
 }
@@ -100,9 +100,7 @@ struct Producer {
       at[a] = plan.key[a] + begin * static_cast<int>(problem.window[a].dilation);
     }
     if constexpr (Config::kHasBias) {
-      int entry = 0;
-      for (int a = 0; a < kAxes; ++a) entry += tile[a] * shape.keys[a] * shape.bias[a];
-      shared.box[boxes.place].entry = entry;
+      shared.box[boxes.place].bias = first_bias(plan, problem, shape, tile);
     }
     load<KeyRow, Config::kKeys>(shared.k[stage.place], &maps.k, maps.keys, keys.full, plan.kv_head,
                                 at, plan.sample);
