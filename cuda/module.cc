@@ -40,12 +40,14 @@ nb::tuple hopper_shape(const Entries& query_shape, const Entries& key_shape,
                        const Entries& kernel_size, const Entries& stride, const Entries& dilation,
                        const std::vector<bool>& is_causal, int consumers, int keys,
                        const std::vector<double>& costs) {
-  if (consumers < 1 || keys < sm90::kRun || keys % sm90::kRun != 0 || costs.size() != 3) {
+  if (consumers < 1 || consumers > sm90::kMostConsumers || keys < sm90::kRun ||
+      keys % sm90::kRun != 0 || costs.size() != 3) {
     throw nb::value_error("need consumers, runs of keys, and three costs");
   }
   const Problem<kAxes> problem =
       problem_from(query_shape, key_shape, kernel_size, stride, dilation, is_causal);
-  const sm90::Shape shape = sm90::choose_shape(problem, static_cast<int>(query_shape.size()),
+  sm90::KnownBlocks blocks(problem);
+  const sm90::Shape shape = sm90::choose_shape(blocks, static_cast<int>(query_shape.size()),
                                                consumers, keys, {costs[0], costs[1], costs[2]});
   const auto axes = [](const int (&of)[kAxes]) { return nb::make_tuple(of[0], of[1], of[2]); };
   return nb::make_tuple(axes(shape.queries), axes(shape.keys), shape.cost);
@@ -58,8 +60,9 @@ nb::tuple hopper_tiles(int64_t query_size, int64_t key_size, int64_t kernel_size
   if (queries < 1 || keys < 1) throw nb::value_error("need queries and keys");
   const Problem<kAxes> problem =
       problem_from({query_size}, {key_size}, {kernel_size}, {stride}, {dilation}, {is_causal});
-  const sm90::AxisBlocks blocks(problem, kAxes - 1, queries);
-  return nb::make_tuple(blocks.tiles(keys), blocks.inner_tiles(keys));
+  sm90::AxisBlocks blocks(problem, kAxes - 1, queries);
+  const sm90::TileCounts tiles = blocks.tiles(keys);
+  return nb::make_tuple(tiles.all, tiles.inner);
 }
 
 }  // namespace

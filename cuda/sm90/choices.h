@@ -68,12 +68,13 @@ inline bool serves(const Kernel& kernel, const Problem<kAxes>& problem, bool has
 inline Choice choose(const Problem<kAxes>& problem, int rank, bool has_bias) {
   Choice best{-1, {}};
   if (!can_serve(problem, rank, has_bias)) return best;
+  KnownBlocks blocks(problem);
   int least = std::numeric_limits<int>::max();  // channels of keys and values
   for (int i = 0; i < kKernelCount; ++i) {
     const Kernel& kernel = kKernels[i];
     const int channels = kernel.dim + kernel.value_dim;
     if (!serves(kernel, problem, has_bias) || channels > least) continue;
-    const Shape shape = choose_shape(problem, rank, kernel.consumers, kernel.keys, kernel.costs);
+    const Shape shape = choose_shape(blocks, rank, kernel.consumers, kernel.keys, kernel.costs);
     if (shape.cost < 0 || (channels == least && shape.cost >= best.shape.cost)) continue;
     if (has_bias && with_biases(shape, problem, {}).room > kernel.biases) continue;
     best = {i, shape};

@@ -14,6 +14,7 @@ namespace jax_natten::sm90 {
 
 inline constexpr int kLogRows = 6;  // a consumer has 64 queries
 inline constexpr int kRun = 8;      // keys of a tile come in runs of 8 along the last axis
+inline constexpr int kMostConsumers = 3;
 
 struct Shape {
   int rank;                // axes that the frame has
@@ -46,17 +47,16 @@ struct Costs {
   double inner;
 };
 
+// Tiles of keys along an axis, of all blocks.
+struct TileCounts {
+  double all;
+  double inner;  // that every query of a block sees whole
+};
+
 // What blocks of so many queries along an axis see: some of the blocks, evenly spread.
-struct AxisBlocks {
-  static constexpr int kSome = 32;
-
-  int count;               // of those here
-  double all;              // how many blocks there are for one here
-  int seen[kSome];         // keys that some query of a block sees
-  int inner_begin[kSome];  // and, counted from the first of them, those that every query sees
-  int inner_end[kSome];
-
-  AxisBlocks() : count(-1) {}
+class AxisBlocks {
+ public:
+  AxisBlocks() = default;
   AxisBlocks(const Problem<kAxes>& problem, int axis, int queries) {
     const AxisWindow& window = problem.window[axis];
     const int64_t size = problem.query_shape[axis], keys = problem.key_shape[axis];
@@ -70,39 +70,83 @@ struct AxisBlocks {
       return geometry::keys_seen(window, frame,
                                  geometry::locate(window, extent, frame.query_origin + index));
     };
-    count = static_cast<int>(geometry::min(blocks, kSome));
-    all = count == 0 ? 0 : static_cast<double>(blocks * groups) / count;
-    for (int i = 0; i < count; ++i) {
-      const int64_t block = (2 * i + 1) * blocks / (2 * count);
-      const int64_t first = block * queries * window.dilation + i % groups;
-      if (first >= size) {
-        seen[i] = inner_begin[i] = inner_end[i] = 0;
-        continue;
-      }
+    count_ = static_cast<int>(geometry::min(blocks, kSome));
+    of_each_ = count_ == 0 ? 0 : static_cast<double>(blocks * groups) / count_;
+    for (int i = 0; i < count_; ++i) {
+      const int64_t number = (2 * i + 1) * blocks / (2 * count_);
+      const int64_t first = number * queries * window.dilation + i % groups;
+      blocks_[i] = {};
+      if (first >= size) continue;
       const int64_t steps =
           geometry::min(queries, geometry::ceil_div(size - first, window.dilation)) - 1;
       const geometry::Interval of_first = seen_by(first);
       const geometry::Interval of_last = seen_by(first + steps * window.dilation);
-      seen[i] = static_cast<int>(geometry::max(of_last.end - of_first.begin, 0));
-      inner_begin[i] = static_cast<int>(geometry::max(of_last.begin - of_first.begin, 0));
-      inner_end[i] = static_cast<int>(geometry::max(of_first.end - of_first.begin, 0));
+      const auto from_first = [&](int64_t position) {
+        return static_cast<int>(geometry::max(position - of_first.begin, 0));
+      };
+      blocks_[i] = {from_first(of_last.end), from_first(of_last.begin), from_first(of_first.end)};
     }
   }
 
-  // Tiles of so many keys: all, and those that every query sees whole.
-  double tiles(int keys) const {
-    int sum = 0;
-    for (int i = 0; i < count; ++i) sum += (seen[i] + keys - 1) / keys;
-    return sum * all;
+  bool is_known() const { return count_ >= 0; }
+  double blocks() const { return of_each_ * count_; }
+
+  // Tiles of so many keys. They are asked for again and again, and counted once.
+  const TileCounts& tiles(int keys) {
+    int i = 0;
+    while (i < counted_ && counted_keys_[i] != keys) ++i;
+    if (i < counted_) return counts_[i];
+    if (i == kMostCounted) i = 0;
+    counted_ = i + 1;
+    counted_keys_[i] = keys;
+    return counts_[i] = count_tiles(keys);
   }
-  double inner_tiles(int keys) const {
-    int sum = 0;
-    for (int i = 0; i < count; ++i) {
-      const int tiles = inner_end[i] / keys - (inner_begin[i] + keys - 1) / keys;
-      sum += tiles > 0 ? tiles : 0;
+
+ private:
+  static constexpr int kSome = 32, kMostCounted = 12;
+
+  // Keys, counted from the first that some query of the block sees.
+  struct Block {
+    int seen;         // by some query
+    int inner_begin;  // by every query
+    int inner_end;
+  };
+
+  TileCounts count_tiles(int keys) const {
+    int all = 0, inner = 0;
+    for (int i = 0; i < count_; ++i) {
+      const Block& block = blocks_[i];
+      all += (block.seen + keys - 1) / keys;
+      const int tiles = block.inner_end / keys - (block.inner_begin + keys - 1) / keys;
+      inner += tiles > 0 ? tiles : 0;
     }
-    return sum * all;
+    return {all * of_each_, inner * of_each_};
   }
+
+  int count_ = -1;  // of the blocks here
+  double of_each_;  // how many blocks there are for one here
+  Block blocks_[kSome];
+  int counted_ = 0;
+  int counted_keys_[kMostCounted];
+  TileCounts counts_[kMostCounted];
+};
+
+// The blocks of a problem that shapes are chosen by, looked at once for all kernels.
+class KnownBlocks {
+ public:
+  explicit KnownBlocks(const Problem<kAxes>& problem) : problem(problem) {}
+
+  // Of consumers in a row along an axis, each of 2^log_rows positions.
+  AxisBlocks& along(int axis, int consumers, int log_rows) {
+    AxisBlocks& blocks = known_[axis][consumers - 1][log_rows];
+    if (!blocks.is_known()) blocks = AxisBlocks(problem, axis, consumers << log_rows);
+    return blocks;
+  }
+
+  const Problem<kAxes>& problem;
+
+ private:
+  AxisBlocks known_[kAxes][kMostConsumers][kLogRows + 1];
 };
 
 // Bits of masks: see Shape.
@@ -134,16 +178,9 @@ constexpr bool fits_box(int64_t count, int64_t step) {
 
 // The shape of least cost for blocks of so many consumers and tiles of so many keys; its cost is
 // negative where the copy engine can load none.
-inline Shape choose_shape(const Problem<kAxes>& problem, int rank, int consumers, int keys,
+inline Shape choose_shape(KnownBlocks& blocks, int rank, int consumers, int keys,
                           const Costs& costs) {
-  AxisBlocks known[kAxes][2][kLogRows + 1];  // of one consumer, and of all
-  const auto blocks_along = [&](int axis, bool all, int log_rows) -> const AxisBlocks& {
-    AxisBlocks& blocks = known[axis][all][log_rows];
-    if (blocks.count < 0) {
-      blocks = AxisBlocks(problem, axis, (all ? consumers : 1) << log_rows);
-    }
-    return blocks;
-  };
+  const Problem<kAxes>& problem = blocks.problem;
   const auto fits = [&](int axis, int count) {
     return fits_box(count, problem.window[axis].dilation);
   };
@@ -159,30 +196,30 @@ inline Shape choose_shape(const Problem<kAxes>& problem, int rank, int consumers
     shape.rank = rank;
     shape.scale = static_cast<float>(problem.scale);
     shape.consumers_axis = side;
-    const AxisBlocks* axes[kAxes];
-    double blocks = 1;
+    AxisBlocks* axes[kAxes];
+    double count = 1;
     for (int a = 0; a < kAxes; ++a) {
-      const bool all = a == side;
-      axes[a] = &blocks_along(a, all, log_rows[a]);
+      const int in_a_row = a == side ? consumers : 1;
+      axes[a] = &blocks.along(a, in_a_row, log_rows[a]);
       shape.log_rows[a] = log_rows[a];
-      shape.queries[a] = (all ? consumers : 1) << log_rows[a];
+      shape.queries[a] = in_a_row << log_rows[a];
       shape.query_tiles[a] = static_cast<int>(
           geometry::ceil_div(row_positions<Side::kQueries>(problem, a), shape.queries[a]));
-      blocks *= axes[a]->all * axes[a]->count;
+      count *= axes[a]->blocks();
     }
     const int runs = keys / kRun;
     for (int x = runs; x >= 1; --x) {
       if (runs % x != 0 || !fits(2, x * kRun)) continue;
       const int row_runs = x * kRun;
-      const double x_tiles = axes[2]->tiles(row_runs), x_inner = axes[2]->inner_tiles(row_runs);
+      const TileCounts of_x = axes[2]->tiles(row_runs);
       for (int y = runs / x; y >= 1; --y) {
         const int z = runs / x / y;
         if (x * y * z != runs || !fits(1, y) || !fits(0, z)) continue;
-        const double tiles = x_tiles * axes[1]->tiles(y) * axes[0]->tiles(z);
-        double inner = x_inner * axes[1]->inner_tiles(y) * axes[0]->inner_tiles(z);
+        const TileCounts of_y = axes[1]->tiles(y), of_z = axes[0]->tiles(z);
+        const double tiles = of_x.all * of_y.all * of_z.all;
+        double inner = of_x.inner * of_y.inner * of_z.inner;
         if (2 * inner < tiles) inner = 0;  // then all have a mask
-        const double cost =
-            blocks * costs.block + (tiles - inner) * costs.rim + inner * costs.inner;
+        const double cost = count * costs.block + (tiles - inner) * costs.rim + inner * costs.inner;
         // Of nearly equals the first, which has the longest rows.
         if (best.cost >= 0 && cost >= 0.995 * best.cost) continue;
         best = shape;
