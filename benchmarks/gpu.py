@@ -46,17 +46,23 @@ OPERATIONS |= {"qk": (1, 2, 1), "av": (1, 2, 1), "inverse": (1, 2, 1)}
 
 @dataclass(frozen=True)
 class Case:
-    """One problem: a query shape `[batch, *spatial, heads, head_dim]` and its window."""
+    """One problem: a query shape `[batch, *spatial, heads, head_dim]`, its window, its values and biases."""
 
     shape: tuple[int, ...]
     kernel_size: tuple[int, ...]
     stride: int | tuple[int, ...] = 1
     dilation: int = 1
     is_causal: bool = False
+    value_dim: int | None = None
+    rpb: bool = False
 
     @property
     def window(self) -> dict:
-        return {name: value for name, value in vars(self).items() if name != "shape"}
+        return {name: getattr(self, name) for name in ("kernel_size", "stride", "dilation", "is_causal")}
+
+    @property
+    def value_shape(self) -> tuple[int, ...]:
+        return (*self.shape[:-1], self.shape[-1] if self.value_dim is None else self.value_dim)
 
     @property
     def weights_shape(self) -> tuple[int, ...]:
@@ -94,6 +100,11 @@ CASES = {
     "nat": Case((64, 56, 56, 2, 32), (7, 7)),
     "causal": Case((1, 65536, 8, 128), (4096,), is_causal=True),
     "video": Case((1, 8, 64, 64, 8, 64), (4, 8, 8)),
+    "vit80": Case((32, 56, 56, 4, 80), (7, 7)),
+    "hr48": Case((8, 128, 128, 8, 48), (13, 13)),
+    "latent": Case((1, 16384, 16, 192), (1024,), value_dim=128),
+    "vit_rpb": Case((32, 56, 56, 4, 64), (7, 7), rpb=True),
+    "hr_rpb": Case((8, 128, 128, 8, 64), (13, 13), rpb=True),
 }
 SMALL, DENSE_BACKWARD = ("nat", "vit", "hr", "dil64"), ("1d", "vit", "hr")
 
@@ -138,17 +149,26 @@ def random(shape: tuple[int, ...], dtype: str, count: int) -> list[jax.Array]:
 
 
 def neighborhood(case: Case, backend: str | None) -> Partial:
-    return Partial(partial((na1d, na2d, na3d)[len(case.kernel_size) - 1], **case.window, backend=backend))
+    function = partial((na1d, na2d, na3d)[len(case.kernel_size) - 1], **case.window, backend=backend)
+    return Partial(function, rpb=biases(case))
 
 
-def fused(operation: str, attention: Partial, shape: tuple[int, ...], dtype: str) -> tuple[Callable, tuple]:
-    """A function and its operands, among which are the arrays that `attention` may hold."""
-    q, k, v = random(shape, dtype, 3)
+def biases(case: Case) -> jax.Array | None:
+    shape = (case.shape[-2], *(2 * k - 1 for k in case.kernel_size))
+    return jax.random.normal(jax.random.key(1), shape) if case.rpb else None
+
+
+def fused(
+    operation: str, attention: Partial, shapes: tuple[tuple[int, ...], ...], dtype: str
+) -> tuple[Callable, tuple]:
+    """A function and its operands, among which are the arrays that `attention` may hold; shapes of keys and values."""
+    q, k = random(shapes[0], dtype, 2)
+    *_, v, out_bar = random(shapes[1], dtype, 4)
     if operation == "forward":
         return lambda q, k, v, attention: attention(q, k, v), (q, k, v, attention)
     if operation == "backward":
         _, pull = jax.vjp(jax.jit(attention), q, k, v)
-        return lambda out_bar, pull: pull(out_bar), (q, pull)
+        return lambda out_bar, pull: pull(out_bar), (out_bar, pull)
     _, push = jax.linearize(jax.jit(attention), q, k, v)
     return lambda q_dot, k_dot, v_dot, push: push(q_dot, k_dot, v_dot), (q, k, v, push)
 
@@ -168,14 +188,15 @@ def unfused(operation: str, case: Case, dtype: str, backend: str | None) -> tupl
 
 def dense_milliseconds(case: Case, operation: str, masked: bool, dtype: str, repeats: int) -> float | None:
     """Time of jax's dense attention over the flattened tokens; None where it cannot run."""
-    shape = (case.shape[0], prod(case.shape[1:-2]), *case.shape[-2:])
+    shapes = tuple((x[0], prod(x[1:-2]), *x[-2:]) for x in (case.shape, case.value_shape))
+    shape = shapes[0]
     if masked and 4 * prod(shape[:3]) * shape[1] >= MASKED_BYTES or not masked and dtype == "float32":
         return None
     keywords = {"implementation": "xla"} if masked else {"implementation": "cudnn", "is_causal": case.is_causal}
     try:
         arrays = {"mask": mask(case)} if masked else {}
         attention = Partial(partial(jax.nn.dot_product_attention, **keywords), **arrays)
-        return milliseconds(*fused(operation, attention, shape, dtype), repeats)
+        return milliseconds(*fused(operation, attention, shapes, dtype), repeats)
     except Exception as error:  # limits of another library, which are many
         print(f"dense {operation}, {keywords}: {str(error)[:200]!r}", file=sys.stderr)
         return None
@@ -193,15 +214,24 @@ def mask(case: Case) -> jax.Array:
 
 def worst_error(case: Case, dtype: str, backend: str | None) -> float:
     """Largest error over the largest output of a query, of two corners and six random tokens; NaN where any is."""
-    q, k, v = random(case.shape, dtype, 3)
+    q, k = random(case.shape, dtype, 2)
+    *_, v = random(case.value_shape, dtype, 3)
     out = jax.jit(neighborhood(case, backend))(q, k, v)
+    table = biases(case)
 
     def error(batch: int, *coordinates: int) -> float:
         bounds = [case.bounds(axis, i) for axis, i in enumerate(coordinates)]
         window = [np.arange(*b) * case.dilation + i % case.dilation for b, i in zip(bounds, coordinates, strict=True)]
         query, found = (np.asarray(x[(batch, *coordinates)], np.float32) for x in (q, out))
-        keys, values = (np.asarray(x[np.ix_([batch], *window)], np.float32).reshape(-1, *query.shape) for x in (k, v))
+        seen = np.ix_([batch], *window)
+        keys, values = (np.asarray(x[seen], np.float32).reshape(-1, *x.shape[-2:]) for x in (k, v))
         logits = np.einsum("hd,nhd->nh", query, keys) * query.shape[-1] ** -0.5
+        if table is not None:
+            offsets = [
+                w // case.dilation - i // case.dilation + k - 1
+                for w, i, k in zip(window, coordinates, case.kernel_size, strict=True)
+            ]
+            logits += np.asarray(table[:, *np.ix_(*offsets)]).reshape(logits.shape[::-1]).T
         weights = np.exp(logits - logits.max(axis=0))
         expected = np.einsum("nh,nhd->hd", weights / weights.sum(axis=0), values)
         return np.abs(found - expected).max() / np.abs(expected).max()
@@ -226,8 +256,11 @@ def measure(name: str, operation: str, options: argparse.Namespace, copy_rate: f
     """A row; its ms is missing where the operation does not fit in memory."""
     case, dtype, repeats = CASES[name], options.dtype, options.repeats
     products, arrays, weights = OPERATIONS[operation]
-    useful = products * flops(case.shape, **case.window).forward / 2
-    array_bytes, weights_bytes = (prod(s) * jnp.dtype(dtype).itemsize for s in (case.shape, case.weights_shape))
+    useful = products * flops(case.shape, **case.window, value_dim=case.value_dim).forward / 2
+    key_bytes, value_bytes, weights_bytes = (
+        prod(s) * jnp.dtype(dtype).itemsize for s in (case.shape, case.value_shape, case.weights_shape)
+    )
+    array_bytes = (key_bytes + value_bytes) / 2
     floor = 1e3 * max(useful / PLAIN_FLOPS, (arrays * array_bytes + weights * weights_bytes) / copy_rate)
     row = dict(case=name, operation=operation, floor_ms=floor)
     memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", inf)
@@ -236,7 +269,8 @@ def measure(name: str, operation: str, options: argparse.Namespace, copy_rate: f
             return row
         ms = milliseconds(*unfused(operation, case, dtype, options.backend), repeats)
     else:
-        ms = milliseconds(*fused(operation, neighborhood(case, options.backend), case.shape, dtype), repeats)
+        attention = neighborhood(case, options.backend)
+        ms = milliseconds(*fused(operation, attention, (case.shape, case.value_shape), dtype), repeats)
     row |= dict(ms=ms, tflop_s=useful / ms * 1e-9, of_the_floor=ms / floor)
     if options.dense and (operation == "forward" or operation == "backward" and name in DENSE_BACKWARD):
         row["cudnn_ms"] = dense_milliseconds(case, operation, False, dtype, repeats)
