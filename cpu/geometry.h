@@ -227,14 +227,12 @@ constexpr JAX_NATTEN_HOST_DEVICE AxisNeighbors queries_of_key(const AxisWindow& 
           -1};
 }
 
-// The slot that a key has in the window of a query that sees it, both given by array index.
+// The slot that a key has in the window of the m-th of the queries that see it.
 constexpr JAX_NATTEN_HOST_DEVICE int64_t slot_of_key(const AxisWindow& window,
-                                                     const AxisFrame& frame, int64_t query,
-                                                     int64_t key) {
-  const geometry::Location location =
-      geometry::locate(window, frame.extent, frame.query_origin + query);
-  return geometry::floor_div(frame.key_origin + key, window.dilation) -
-         geometry::window_of(window, location.length, location.position).begin;
+                                                     const geometry::Location& key,
+                                                     const AxisNeighbors& queries, int64_t m) {
+  const int64_t query = key.position + window.kernel_size - 1 - (queries.bias - m);
+  return key.position - geometry::window_of(window, key.length, query).begin;
 }
 
 }  // namespace jax_natten

@@ -60,9 +60,11 @@ nb::list queries_of_keys(int64_t kernel_size, int64_t stride, int64_t dilation, 
   nb::list result;
   for (int64_t j = 0; j < key_size; ++j) {
     const AxisNeighbors queries = queries_of_key(axis.window, axis.frame, j);
+    const geometry::Location key =
+        geometry::locate(axis.window, axis.frame.extent, axis.frame.key_origin + j);
     nb::list slots;
     for (int64_t m = 0; m < queries.count; ++m) {
-      slots.append(slot_of_key(axis.window, axis.frame, queries.first + m * queries.step, j));
+      slots.append(slot_of_key(axis.window, key, queries, m));
     }
     result.append(nb::make_tuple(queries.first, queries.count, queries.step, slots, queries.bias));
   }

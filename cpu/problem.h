@@ -221,12 +221,16 @@ class Sample {
     return result;
   }
 
-  // An axis' share of the slot that a key has in the window of the m-th query that sees it.
+  // Where the key lies on an axis that queries_of was asked for.
+  JAX_NATTEN_HOST_DEVICE geometry::Location key_of(int a, const Neighborhood<Rank>& queries) const {
+    const AxisFrame& frame = frame_[a];
+    return geometry::locate(problem_.window[a], frame.extent, frame.key_origin + queries.index[a]);
+  }
+
+  // An axis' share of the slot that this key has in the window of the m-th query that sees it.
   JAX_NATTEN_HOST_DEVICE int64_t slot_in_axis(int a, const Neighborhood<Rank>& queries,
-                                              int64_t m) const {
-    const AxisNeighbors& axis = queries.axis[a];
-    const int64_t query = axis.first + m * axis.step;
-    return slot_of_key(problem_.window[a], frame_[a], query, queries.index[a]) * strides_.slot[a];
+                                              const geometry::Location& key, int64_t m) const {
+    return slot_of_key(problem_.window[a], key, queries.axis[a], m) * strides_.slot[a];
   }
 
  private:

@@ -7,7 +7,7 @@
 // and nothing is as large as the number of pairs.
 #pragma once
 
-#include "cuda/naive/row.cuh"
+#include "cuda/naive/rows.cuh"
 
 namespace jax_natten::naive {
 

@@ -6,122 +6,150 @@
 #pragma once
 
 #include "cuda/naive/naive.h"
-#include "cuda/naive/row.cuh"
+#include "cuda/naive/rows.cuh"
 #include "cuda/naive/table.cuh"
 
 namespace jax_natten::naive {
 
+inline constexpr Shape kQk{4, 4, 3};
+inline constexpr Shape kAv{4, 2, 4};
+inline constexpr Shape kInverse{4, 2, 4};
+
 template <typename Group, typename Element, int Rank>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+__global__ void __launch_bounds__(kThreads, kQk.blocks)
     qk_kernel(const __grid_constant__ QkOperands<Element, Rank> op) {
-  using Sum = Accumulator<Element>;
-  constexpr int kB = kBatch<Element>;
   const Problem<Rank>& p = op.problem;
   const int64_t slots = p.slots();
-  for_each_row<Group>(p.samples, p.heads, p.queries(), 1, [&](const Row& row) {
-    const auto keys = op.key.head(row.sample, row.head / p.group());
-    const Element* q_row = op.query.head(row.sample, row.head).row(row.token);
-    const Piece<Sum> q = Group::load(q_row, p.dim);
-    Element* attn = op.attn.head(row.sample, row.head).row(row.token);
-    const Neighborhood<Rank> seen = Sample<Rank>(p, row.sample).keys_of(row.token);
+  const Blocks<Group::kRows> blocks(p, p.query_shape);
+  for_each_block<Group>(blocks, p.samples, p.heads, 1, [&](const Rows<Group>& rows) {
+    const Held q(rows, op.query.head(rows.sample, rows.head), p.dim);
+    Element* attn = op.attn.head(rows.sample, rows.head).row(rows.token(0));
+    const Neighborhood<Rank> seen = Sample<Rank>(p, rows.sample).keys_of(rows.token(0));
     if (seen.count() < slots) {
-      for (int64_t slot = Group::lane(); slot < slots; slot += Group::kCount) {
+      constexpr int kLanesOfRow = Group::kCount / Group::kRows;
+      for (int64_t slot = Group::lane() / Group::kRows; slot < slots; slot += kLanesOfRow) {
         attn[slot] = Element{};
       }
     }
     __syncwarp();  // before other lanes write some of them
-    for (WalkOf<Element, Rank> walk(seen); walk.goes_on(); walk.advance()) {
-      Piece<Sum> k[kB];
-      load_batch<Group>(k, walk, keys, p.dim);
-      for (int b = 0; b < kB; ++b) {
-        const Element* k_row = walk.row(keys, b);
-        const Sum product = Group::sum(Group::dot_share(q, q_row, k[b], k_row, p.dim, walk.has(b)));
-        if (Group::lane() == b && walk.has(b)) {
-          attn[walk.slot + b] = device::narrow(product, Element{});
-        }
-      }
-    }
+    Walk<Group, Rank> walk(rows, seen);
+    Batch k(walk, op.key.head(rows.sample, rows.head / p.group()), p.dim);
+    walk.for_each_batch(
+        [&] {
+          const typename Group::Own product = products(q, k);
+          k.next();
+          for (int o = 0; o < Group::kOwn; ++o) {
+            if (walk.sees(o) && Group::lane() < Group::kOwners) {
+              attn[walk.slot(o)] = device::narrow(product.value[o], Element{});
+            }
+          }
+        },
+        k);
   });
 }
 
 template <typename Group, typename Element, int Rank>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+__global__ void __launch_bounds__(kThreads, kAv.blocks)
     av_kernel(const __grid_constant__ AvOperands<Element, Rank> op) {
   using Sum = Accumulator<Element>;
-  constexpr int kB = kBatch<Element>;
   const Problem<Rank>& p = op.problem;
-  for_each_row<Group>(p.samples, p.heads, p.queries(), p.value_dim, [&](const Row& row) {
-    const auto values = op.value.head(row.sample, row.head / p.group());
-    const Element* attn = op.attn.head(row.sample, row.head).row(row.token);
-    Piece<Sum> out;
-    out.clear();
-    const Neighborhood<Rank> seen = Sample<Rank>(p, row.sample).keys_of(row.token);
-    for (WalkOf<Element, Rank> walk(seen); walk.goes_on(); walk.advance()) {
-      Piece<Sum> v[kB];
-      load_batch<Group>(v, walk, values, p.value_dim, row.begin);
-      Sum weights[kB];
-      for (int b = 0; b < kB; ++b) {
-        weights[b] = walk.has(b) ? device::widen(attn[walk.slot + b]) : Sum{0};
-      }
-      for (int b = 0; b < kB; ++b) out.add_scaled(weights[b], v[b]);
-    }
-    Group::store(op.out.head(row.sample, row.head).row(row.token), p.value_dim, row.begin, Sum{1},
-                 out);
+  const Blocks<Group::kRows> blocks(p, p.query_shape);
+  for_each_block<Group>(blocks, p.samples, p.heads, p.value_dim, [&](const Rows<Group>& rows) {
+    const Element* attn = op.attn.head(rows.sample, rows.head).row(rows.token(0));
+    Piece<Sum> out[Group::kRows]{};
+    const Neighborhood<Rank> seen = Sample<Rank>(p, rows.sample).keys_of(rows.token(0));
+    Walk<Group, Rank> walk(rows, seen);
+    const auto values = op.value.head(rows.sample, rows.head / p.group());
+    Batch v(walk, values, p.value_dim, rows.begin);
+    walk.for_each_batch(
+        [&] {
+          typename Group::Own weight;
+          for (int o = 0; o < Group::kOwn; ++o) {
+            weight.value[o] = walk.sees(o) ? device::widen(attn[walk.slot(o)]) : Sum{0};
+          }
+          add_weighted(out, weight, v, rows.begin);
+          v.next();
+        },
+        v);
+    store(rows, op.out.head(rows.sample, rows.head), p.value_dim, walk.sees_any(), Sum{1}, out);
   });
 }
 
+// The slots of the lane's first key in the windows of a batch of queries.
+template <typename Group, int Rank>
+class KeySlots {
+ public:
+  __device__ KeySlots(const Sample<Rank>& sample, const Neighborhood<Rank>& seen_by,
+                      const Walk<Group, Rank>& walk)
+      : sample_(sample), seen_by_(seen_by), walk_(walk), key_(sample.key_of(kLast, seen_by)) {}
+
+  __device__ void begin_run() {
+    others_ = 0;
+    for (int a = 0; a < kLast; ++a) {
+      others_ += sample_.slot_in_axis(a, seen_by_, sample_.key_of(a, seen_by_), walk_.ordinal(a));
+    }
+  }
+  // That of a pair of the lane's own.
+  __device__ int64_t slot(int o) const {
+    return others_ + sample_.slot_in_axis(kLast, seen_by_, key_, walk_.place(o));
+  }
+
+ private:
+  static constexpr int kLast = Rank - 1;
+
+  const Sample<Rank>& sample_;
+  const Neighborhood<Rank>& seen_by_;
+  const Walk<Group, Rank>& walk_;
+  const geometry::Location key_;  // on the last axis
+  int64_t others_;                // all other axes' share
+};
+
 template <typename Group, typename Element, int Rank>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+__global__ void __launch_bounds__(kThreads, kInverse.blocks)
     inverse_kernel(const __grid_constant__ InverseOperands<Element, Rank> op) {
   using Sum = Accumulator<Element>;
-  constexpr int kB = kBatch<Element>, kLast = Rank - 1;
   const Problem<Rank>& p = op.problem;
-  for_each_row<Group>(p.samples, p.heads_kv, p.keys(), p.value_dim, [&](const Row& row) {
-    const Sample<Rank> sample(p, row.sample);
-    const Neighborhood<Rank> seen_by = sample.queries_of(row.token);
-    Piece<Sum> out;
-    out.clear();
-    for (WalkOf<Element, Rank> walk(seen_by); walk.goes_on(); walk.advance()) {
-      // The key's slot in each query's window; a lane computes that of one query.
-      int64_t slot = 0;
-      if (walk.left > 0) {
-        for (int a = 0; a < kLast; ++a) {
-          slot += sample.slot_in_axis(a, seen_by, walk.ordinal[a]);
-        }
-        const int own = static_cast<int>(geometry::min(Group::lane() % kB, walk.left - 1));
-        const int64_t m = seen_by.axis[kLast].count - walk.left + own;
-        slot += sample.slot_in_axis(kLast, seen_by, m);
-      }
-      int64_t slots[kB];
-      for (int b = 0; b < kB; ++b) slots[b] = __shfl_sync(kAllLanes, slot, b, Group::kCount);
-      for (int64_t of_group = 0; of_group < p.group(); ++of_group) {
-        const int64_t head = row.head * p.group() + of_group;
-        const auto attns = op.attn.head(row.sample, head);
-        Piece<Sum> x[kB];
-        load_batch<Group>(x, walk, op.x.head(row.sample, head), p.value_dim, row.begin);
-        Sum weights[kB];
-        for (int b = 0; b < kB; ++b) {
-          weights[b] = walk.has(b) ? device::widen(walk.row(attns, b)[slots[b]]) : Sum{0};
-        }
-        for (int b = 0; b < kB; ++b) out.add_scaled(weights[b], x[b]);
-      }
+  const Blocks<Group::kRows> blocks(p, p.key_shape);
+  for_each_block<Group>(blocks, p.samples, p.heads_kv, p.value_dim, [&](const Rows<Group>& rows) {
+    const Sample<Rank> sample(p, rows.sample);
+    const Neighborhood<Rank> seen_by = sample.queries_of(rows.token(0));
+    Piece<Sum> out[Group::kRows]{};
+    Walk<Group, Rank> walk(rows, seen_by);
+    KeySlots<Group, Rank> slots(sample, seen_by, walk);
+    for (int64_t of_group = 0; of_group < p.group(); ++of_group) {
+      const int64_t head = rows.head * p.group() + of_group;
+      const auto attns = op.attn.head(rows.sample, head);
+      Batch x(walk, op.x.head(rows.sample, head), p.value_dim, rows.begin);
+      walk.for_each_batch(
+          [&] {
+            typename Group::Own weight{};
+            for (int o = 0; o < Group::kOwn; ++o) {
+              if (!walk.sees(o)) continue;
+              const Element* attn = attns.row(walk.token(Group::own(o)));
+              weight.value[o] = device::widen(attn[slots.slot(o)]);
+            }
+            add_weighted(out, weight, x, rows.begin);
+            x.next();
+          },
+          slots, x);
     }
-    Group::store(op.out.head(row.sample, row.head).row(row.token), p.value_dim, row.begin, Sum{1},
-                 out);
+    store(rows, op.out.head(rows.sample, rows.head), p.value_dim, walk.sees_any(), Sum{1}, out);
   });
 }
 
 // A warp has a row of slots.
 template <typename Element, int Rank>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+__global__ void __launch_bounds__(kThreads)
     spread_kernel(const __grid_constant__ SpreadOperands<Element, Rank> op) {
   using Group = Lanes<Element, kWarp, 1>;
   const Problem<Rank>& problem = op.problem;
   const int64_t slots = problem.slots();
-  for_each_row<Group>(problem.samples, problem.heads, problem.queries(), 1, [&](const Row& row) {
-    const Element* table = op.table.head(row.sample, row.head).data;
-    Element* attn = op.attn.head(row.sample, row.head).row(row.token);
-    const Neighborhood<Rank> seen = Sample<Rank>(problem, row.sample).keys_of(row.token);
+  const Blocks<Group::kRows> blocks(problem, problem.query_shape);
+  for_each_block<Group>(blocks, problem.samples, problem.heads, 1, [&](const Rows<Group>& rows) {
+    const int64_t token = rows.token(0);
+    const Element* table = op.table.head(rows.sample, rows.head).data;
+    Element* attn = op.attn.head(rows.sample, rows.head).row(token);
+    const Neighborhood<Rank> seen = Sample<Rank>(problem, rows.sample).keys_of(token);
     for (int64_t slot = Group::lane(); slot < slots; slot += Group::kCount) {
       const int64_t bias = seen.bias_of_slot(problem, slot);
       attn[slot] = bias < 0 ? Element{} : table[bias];
@@ -161,38 +189,38 @@ __global__ void __launch_bounds__(kTableThreads)
 template <typename Element, int Rank>
 cudaError_t run_operation(cudaStream_t stream, const QkOperands<Element, Rank>& op) {
   const Problem<Rank>& p = op.problem;
-  return with_lanes<Element>(p.dim, 0, [&](auto group) {
+  return with_lanes<Element, kQk>(p.dim, 0, [&](auto group) {
     using Group = decltype(group);
-    return launch_rows<Group>(stream, qk_kernel<Group, Element, Rank>, p.samples, p.heads,
-                              p.queries(), 1, op);
+    return launch_rows<Group>(stream, qk_kernel<Group, Element, Rank>, {p, p.query_shape},
+                              p.samples, p.heads, 1, op);
   });
 }
 
 template <typename Element, int Rank>
 cudaError_t run_operation(cudaStream_t stream, const AvOperands<Element, Rank>& op) {
   const Problem<Rank>& p = op.problem;
-  return with_lanes<Element>(p.value_dim, 0, [&](auto group) {
+  return with_lanes<Element, kAv>(p.value_dim, 0, [&](auto group) {
     using Group = decltype(group);
-    return launch_rows<Group>(stream, av_kernel<Group, Element, Rank>, p.samples, p.heads,
-                              p.queries(), p.value_dim, op);
+    return launch_rows<Group>(stream, av_kernel<Group, Element, Rank>, {p, p.query_shape},
+                              p.samples, p.heads, p.value_dim, op);
   });
 }
 
 template <typename Element, int Rank>
 cudaError_t run_operation(cudaStream_t stream, const InverseOperands<Element, Rank>& op) {
   const Problem<Rank>& p = op.problem;
-  return with_lanes<Element>(p.value_dim, 0, [&](auto group) {
+  return with_lanes<Element, kInverse>(p.value_dim, 0, [&](auto group) {
     using Group = decltype(group);
-    return launch_rows<Group>(stream, inverse_kernel<Group, Element, Rank>, p.samples, p.heads_kv,
-                              p.keys(), p.value_dim, op);
+    return launch_rows<Group>(stream, inverse_kernel<Group, Element, Rank>, {p, p.key_shape},
+                              p.samples, p.heads_kv, p.value_dim, op);
   });
 }
 
 template <typename Element, int Rank>
 cudaError_t run_operation(cudaStream_t stream, const SpreadOperands<Element, Rank>& op) {
   const Problem<Rank>& p = op.problem;
-  return launch_rows<Lanes<Element, kWarp, 1>>(stream, spread_kernel<Element, Rank>, p.samples,
-                                               p.heads, p.queries(), 1, op);
+  return launch_rows<Lanes<Element, kWarp, 1>>(stream, spread_kernel<Element, Rank>,
+                                               {p, p.query_shape}, p.samples, p.heads, 1, op);
 }
 
 template <typename Element, int Rank>
