@@ -10,30 +10,38 @@
 
 namespace jax_natten::sm80 {
 
-// Accurate float32 products take so many instructions that the naive kernels, which visit no pair
+// Accurate float32 products take so many instructions that the naive kernels, which visit few pairs
 // in vain, win where tiles have so many times more pairs than there are.
-inline constexpr int64_t kMostInVain = 4;
+template <template <typename, int> class Operands>
+inline constexpr double kMostInVain = 1.6;
+template <>
+inline constexpr double kMostInVain<BackwardOperands> = 1.2;
+template <>
+inline constexpr double kMostInVain<QkOperands> = 1.3;
+template <>
+inline constexpr double kMostInVain<AvOperands> = 1;
+template <>
+inline constexpr double kMostInVain<InverseOperands> = 3;
 
-template <typename Operands>
-bool is_worthwhile(const Problem<kAxes>& problem, int rank, const Operands&) {
-  if (!std::is_base_of_v<FusedArrays<float>, Operands> &&
-      !std::is_base_of_v<QkArrays<float>, Operands> &&
-      !std::is_base_of_v<AvArrays<float>, Operands>) {
-    return true;
-  }
-  int64_t pairs = problem.queries();
+inline bool is_worthwhile(const Problem<kAxes>& problem, int rank, double most_in_vain) {
+  auto pairs = static_cast<double>(problem.queries());
   for (int a = 0; a < kAxes; ++a) {
     const AxisWindow& window = problem.window[a];
-    pairs *= geometry::min(window.kernel_size, positions(window, problem.key_shape[a]));
+    const int64_t length = positions(window, problem.key_shape[a]);
+    pairs *= static_cast<double>(geometry::min(window.kernel_size, length));
   }
-  return problem.tf32 ||
-         choose_tiling<Side::kQueries>(problem, rank, 64, 64).pairs <= kMostInVain * pairs;
+  const auto visited = choose_tiling<Side::kQueries>(problem, rank, 64, 64).pairs;
+  return static_cast<double>(visited) <= most_in_vain * pairs;
 }
 
 template <template <typename, int> class Operands, typename Element, int Rank>
 cudaError_t run(cudaStream_t stream, const Operands<Element, Rank>& operands) {
   const Problem<kAxes> problem = in_three_axes(operands.problem);
-  if (!can_serve(problem) || !is_worthwhile(problem, Rank, operands)) return kNotServed;
+  if (!can_serve(problem)) return kNotServed;
+  if (std::is_same_v<Element, float> && !problem.tf32 &&
+      !is_worthwhile(problem, Rank, kMostInVain<Operands>)) {
+    return kNotServed;
+  }
   return run_operation(stream, operands, problem, Rank);
 }
 
