@@ -146,7 +146,7 @@ struct Consumer {
       pin(s);
       give_back(shared.keys, key);
       if constexpr (kMasked) apply_mask(s, words);
-      softmax.add(s, shrink);
+      softmax.template add<Config::kOverlaps>(s, shrink);
       if constexpr (!Config::kOverlaps) scale_rows(out, shrink);
       round(s, p);
       if (kMasked && clears) clear_values(plan);
@@ -184,13 +184,13 @@ struct Consumer {
       pin(s);
       give_back(shared.keys, key);
       if constexpr (kMasked) apply_mask(s, words);
-      softmax.add(s, shrink);
+      const bool moves = __any_sync(kAllLanes, softmax.template add<true>(s, shrink));
       wait_for_products<0>();
       pin(out);
       pin(p);
       give_back(shared.values, value);
       round(s, p);
-      scale_rows(out, shrink);
+      if (moves) scale_rows(out, shrink);
       if (kMasked && clears) clear_values(plan);
       box.advance();
     };

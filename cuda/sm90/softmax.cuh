@@ -1,6 +1,8 @@
 // The softmax of a lane's queries, whose keys come tile by tile:
 //   weight = exp2(factor * (logit - largest)), total = sum of weights, lse = log(total) + largest,
-// with the largest logit so far; what was summed before is rescaled when it moves.
+// with the largest logit so far; what was summed before is rescaled when it moves. In long sums it
+// stays where it is as long as no weight passes 2^8, which every type holds as exactly as 1: most
+// tiles then need no rescaling.
 #pragma once
 
 #include "cuda/sm90/mask.cuh"
@@ -9,18 +11,21 @@ namespace jax_natten::sm90 {
 
 inline constexpr float kLn2 = 0.6931471805599453f;
 inline constexpr float kLog2E = 1.4426950408889634f;
+inline constexpr float kLogMostWeight = 8;
 
 struct Softmax {
   float factor;              // of logits, to powers of two; positive
-  float largest[kLaneRows];  // logit, before the factor
+  float largest[kLaneRows];  // logit, or a little less, before the factor
   float total[kLaneRows];    // of the lane's weights
 
   __device__ __forceinline__ explicit Softmax(float scale)
       : factor(scale * kLog2E), largest{-INFINITY, -INFINITY}, total{0, 0} {}
 
-  // Logits become weights; `shrink` is what earlier weights are to be multiplied by.
-  template <int kCount>
-  __device__ __forceinline__ void add(float (&s)[kCount], float (&shrink)[kLaneRows]) {
+  // Logits become weights; `shrink` is what earlier weights are to be multiplied by, 1 where the
+  // result is false.
+  template <bool kIsLong, int kCount>
+  __device__ __forceinline__ bool add(float (&s)[kCount], float (&shrink)[kLaneRows]) {
+    bool moves = !kIsLong;
 #pragma unroll
     for (int r = 0; r < kLaneRows; ++r) {
       float top = largest[r];
@@ -30,6 +35,11 @@ struct Softmax {
       }
       top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
       top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
+      if constexpr (kIsLong) {
+        const bool grows = top * factor > largest[r] * factor + kLogMostWeight;
+        if (!grows) top = largest[r];
+        moves = moves || grows;
+      }
       const float shift = top == -INFINITY ? 0.f : top * factor;
       shrink[r] = exp2_of(largest[r] * factor - shift);
       largest[r] = top;
@@ -45,6 +55,7 @@ struct Softmax {
       }
       total[r] = total[r] * shrink[r] + sum;
     }
+    return moves;
   }
 
   // After the last tile: totals of the queries.
