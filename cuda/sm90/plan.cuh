@@ -84,6 +84,11 @@ struct AxisQueries {
 // Plans the tile of queries of a number: neighbors of one head follow each other, so that blocks
 // that run together share keys. All lanes of a warp: two for each axis, of its first and of its
 // last query.
+//
+// Blocks of long windows, which go through the planes of keys in their order in memory, follow each
+// other along the first axis: those that begin at neighboring planes then run at once, and read
+// each plane at about the same time. Small ones read little more than their queries, and follow
+// each other as those lie in memory.
 template <int kQueries>
 __device__ void plan_tiles(Plan<kQueries>& plan, const Problem<kAxes>& problem, const Shape& shape,
                            unsigned number) {
@@ -91,7 +96,8 @@ __device__ void plan_tiles(Plan<kQueries>& plan, const Problem<kAxes>& problem, 
   const int axis = min(lane / 2, kAxes - 1);
   unsigned rest = number;
   int index = 0;  // of the axis' first query
-  for (int a = kAxes - 1; a >= 0; --a) {
+  for (int i = 0; i < kAxes; ++i) {
+    const int a = kQueries > 1 << kLogRows ? i : kAxes - 1 - i;
     const auto tiles = static_cast<unsigned>(shape.query_tiles[a]);
     if (a == axis) index = static_cast<int>(rest % tiles) * shape.queries[a];
     rest /= tiles;
