@@ -105,6 +105,39 @@ def test_unfused(name):
             assert_close(actual[result], expected[result], factor=4, err_msg=result)
 
 
+LINE = 64  # bytes of a line of the caches
+
+
+@pytest.mark.parametrize("more", [0, 1])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_large_results(dtype, more):
+    """Results of more than 4 MiB, which pass the caches where rows are whole lines, have the bits of smaller ones."""
+    with precise("float64"):
+        dim = LINE // jnp.dtype(dtype).itemsize + more
+        problem = Problem(spatial=(67, 61), kernel_size=3, dim=dim, heads=4, batch=5, dtype=dtype)
+        arrays = {name: jnp.asarray(x) for name, x in problem.arrays().items()}
+        assert arrays["query"].nbytes > 4 << 20 > arrays["query"][0].nbytes
+
+        @jax.jit
+        def run(query, key, value):
+            def function(*qkv):
+                return fused(2)(*qkv, **problem.window, backend="native")
+
+            out, pull = jax.vjp(function, query, key, value)
+            _, moved = jax.jvp(function, (query, key, value), (key, value, query))
+            qk, av = unfused(2)
+            query, key, value = (jnp.moveaxis(x, -2, 1) for x in (query, key, value))
+            attn = qk(query, key, **problem.window, backend="native")
+            return out, pull(out), moved, av(attn, value, **problem.window, backend="native")
+
+        large = run(**arrays)
+        for sample in range(problem.batch):
+            one = slice(sample, sample + 1)
+            small = run(**{name: x[one] for name, x in arrays.items()})
+            for actual, expected in zip(jax.tree.leaves(large), jax.tree.leaves(small), strict=True):
+                np.testing.assert_array_equal(np.asarray(actual)[one], np.asarray(expected))
+
+
 # ---- where a kernel's arithmetic could carry what is not finite
 
 

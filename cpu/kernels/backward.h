@@ -64,7 +64,8 @@ class BackwardBlock {
       : call_(call),
         problem_(call.problem),
         place_(place),
-        block_(call.problem, call.rank, blocks, place, place.part) {
+        block_(call.problem, call.rank, blocks, place, place.part),
+        dq_(call.dq, call.problem, call.problem.dim) {
     memory_ = allocate(scratch, [&](Parts& parts) {
       const int64_t dim = problem_.dim, value_dim = problem_.value_dim, keys = block_.keys();
       const int64_t entries = block_.most_keys() * kTileQueries;
@@ -106,6 +107,7 @@ class BackwardBlock {
       }
       add_key_sums(head_kv);
     }
+    dq_.finish();
   }
 
  private:
@@ -137,7 +139,7 @@ class BackwardBlock {
                 const Shape& shape, int64_t head) const {
     const Memory& m = memory_;
     const auto fetch = [&](const Tensor<const Element>& from, int64_t channels) {
-      prefetch_queries<0>(from, place_.sample, head, next, channels);
+      prefetch_queries<Fetch::kSoon>(from, place_.sample, head, next, channels);
     };
     bool has_derivative[kTileQueries];
     read_shifts(m.shifts, has_derivative, call_.lse.head(place_.sample, head), tile, shape);
@@ -174,10 +176,10 @@ class BackwardBlock {
       scales[l] = static_cast<Sum>(problem_.scale);
       if (!has_derivative[l]) clear_row(m.query_sums, l);
     }
-    unpack_queries<Element>(call_.dq.head(place_.sample, head), tile, m.query_sums, scales);
+    dq_.write(place_.sample, head, tile, m.query_sums, scales);
     spread(Keys<Sum>(m.value_sums, block_, tile), m.weights, m.ct_outs, shape);
     stream.fetch_some();
-    prefetch_queries<1>(call_.dq, place_.sample, head, next, problem_.dim);
+    dq_.prefetch(place_.sample, head, next);
     spread(Keys<Sum>(m.key_sums, block_, tile), m.gradients, m.queries, shape);
   }
 
@@ -197,6 +199,7 @@ class BackwardBlock {
   const Problem<kAxes>& problem_;
   const Place& place_;
   const BlockView block_;
+  const QueryResult<Element> dq_;
   Memory memory_;
 };
 

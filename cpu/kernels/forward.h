@@ -60,18 +60,18 @@ void forward_block(const Call<ForwardArrays<Element>>& call, const Blocks& block
   KeyStream<Element, Sum> stream(block, place);
   stream.add(m.keys, call.k);
   stream.add(m.values, call.v);
+  const QueryResult outs(call.out, problem, problem.value_dim);
   clear(m.outs);  // of padding channels too, which nothing else writes
   const Sum scale = static_cast<Sum>(problem.scale) * kLog2E<Sum>;
 
   for_each_head(problem, place, stream, [&](int64_t head) {
     const auto queries = call.q.head(place.sample, head);
-    const auto outs = call.out.head(place.sample, head);
     const auto lses = call.lse.head(place.sample, head);
     block.for_each_tile([&](const Tile& tile, const Tile& next, const Shape& shape, bool is_new) {
       stream.pack(block.end_of(tile));
       pack_queries<Element>(m.queries, tile, shape.sees, queries, scale);
       transpose_queries(m.transposed, m.queries);
-      prefetch_queries<0>(call.q, place.sample, head, next, problem.dim);
+      prefetch_queries<Fetch::kSoon>(call.q, place.sample, head, next, problem.dim);
       if (call.has_bias() && is_new) {
         const Sum* table = call.bias.head(place.sample, head).data;
         read_bias(m.bias, table, shape, problem, kLog2E<Sum>);
@@ -82,13 +82,14 @@ void forward_block(const Call<ForwardArrays<Element>>& call, const Blocks& block
       softmax(m.logits, m.lse, m.factors, m.maxima, shape);
       stream.fetch_some();
       combine(m.outs, m.logits, Keys<Sum>(m.values, block, tile), shape);
-      unpack_queries<Element>(outs, tile, m.outs, m.factors);
-      prefetch_queries<1>(call.out, place.sample, head, next, problem.value_dim);
+      outs.write(place.sample, head, tile, m.outs, m.factors);
+      outs.prefetch(place.sample, head, next);
       for (int l = 0; l < kTileQueries; ++l) {
         if (tile.token[l] >= 0) *lses.row(tile.token[l]) = m.lse[l];
       }
     });
   });
+  outs.finish();
 }
 
 template <typename Element>

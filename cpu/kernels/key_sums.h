@@ -51,7 +51,8 @@ void add_keys(const typename Tensor<Sum>::Head& to, const Rows<Sum>& rows, const
   constexpr int64_t kAhead = 16;
   const std::vector<int64_t>& tokens = block.key_tokens();
   for (int64_t i = 0; i < block.keys(); ++i) {
-    prefetch_row<1>(to.row(tokens[std::min(i + kAhead, block.keys() - 1)]), rows.channels);
+    prefetch_row<Fetch::kWrite>(to.row(tokens[std::min(i + kAhead, block.keys() - 1)]),
+                                rows.channels);
     add_row(to.row(tokens[i]), rows, i, scale);
   }
 }

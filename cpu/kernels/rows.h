@@ -13,7 +13,8 @@
 
 namespace jax_natten::JAX_NATTEN_TARGET {
 
-inline constexpr int kPanel = 32;  // channels
+inline constexpr int kPanel = 32;          // channels
+inline constexpr int64_t kLineBytes = 64;  // of caches
 
 JAX_NATTEN_INLINE int64_t panels(int64_t channels) { return (channels + kPanel - 1) / kPanel; }
 
@@ -57,19 +58,25 @@ bool is_finite(const Rows<Sum>& rows) {
   return sum == 0;
 }
 
-// Fetches a row ahead of its use, to be written where kWrites is 1. The address may be any.
-template <int kWrites, typename Element>
+// What is fetched ahead: for a read soon or one after many others, or for a write.
+enum class Fetch { kSoon, kLater, kWrite };
+
+// Fetches a row ahead of its use. The address may be any.
+template <Fetch kFetch, typename Element>
 JAX_NATTEN_INLINE void prefetch_row(const Element* row, int64_t channels) {
-  constexpr int64_t kLine = 64 / sizeof(Element);
-  for (int64_t c = 0; c < channels; c += kLine) __builtin_prefetch(row + c, kWrites);
+  constexpr int64_t kLine = kLineBytes / sizeof(Element);
+  constexpr int kCaches = kFetch == Fetch::kLater ? 2 : 3;  // from the second on, or all
+  for (int64_t c = 0; c < channels; c += kLine) {
+    __builtin_prefetch(row + c, kFetch == Fetch::kWrite, kCaches);
+  }
 }
 
 // The rows of the next tile's queries, which after a head's last tile are those of the head after.
-template <int kWrites, typename T>
+template <Fetch kFetch, typename T>
 void prefetch_queries(const Tensor<T>& from, int64_t sample, int64_t head, const Tile& next,
                       int64_t channels) {
   const auto rows = from.head(sample, head + (next.is_first() ? 1 : 0));
-  for (int64_t token : next.token) prefetch_row<kWrites>(rows.row(token), channels);
+  for (int64_t token : next.token) prefetch_row<kFetch>(rows.row(token), channels);
 }
 
 // row = scale * from
@@ -96,6 +103,20 @@ JAX_NATTEN_INLINE void unpack_row(Element* to, const Rows<Sum>& rows, int64_t in
     for (int c = 0; c < kPanel; ++c) to[c] = narrow(scale * from[c], Element{});
   }
   for (int64_t c = 0; c < left; ++c) to[c] = narrow(scale * from[c], Element{});
+}
+
+// The same past the caches, of whole lines.
+template <typename Element, typename Sum>
+JAX_NATTEN_INLINE void unpack_row_past_caches(Element* to, const Rows<Sum>& rows, int64_t index,
+                                              Sum scale) {
+  constexpr int64_t kStep = JAX_NATTEN_VECTOR_BYTES / sizeof(Element);
+  const Sum* from = rows.row(index);
+  for (int64_t left = rows.channels; left > 0; left -= kPanel, from += rows.panel, to += kPanel) {
+    Element panel[kPanel];
+    for (int c = 0; c < kPanel; ++c) panel[c] = narrow(scale * from[c], Element{});
+    const int64_t count = std::min<int64_t>(left, kPanel);
+    for (int64_t c = 0; c < count; c += kStep) copy_past_caches(to + c, panel + c);
+  }
 }
 
 // to += scale * row
@@ -137,7 +158,7 @@ class KeyStream {
       const auto from = arrays_[a].from.head(place_.sample, head_);
       for (int64_t i = packed_; i < end; ++i) {
         const int64_t ahead = std::min(i + kAhead, size_ - 1);
-        if (ahead >= fetched_) prefetch_row<0>(from.row(tokens_[ahead]), rows.channels);
+        if (ahead >= fetched_) prefetch_row<Fetch::kLater>(from.row(tokens_[ahead]), rows.channels);
         pack_row(rows, i, from.row(tokens_[i]), Sum{1});
       }
     }
@@ -154,8 +175,8 @@ class KeyStream {
       if (is_next && head_ + 1 == place_.heads_kv.end) return;
       for (int a = 0; a < count_; ++a) {
         const auto from = arrays_[a].from.head(place_.sample, head_ + (is_next ? 1 : 0));
-        prefetch_row<0>(from.row(tokens_[is_next ? fetched_ - size_ : fetched_]),
-                        arrays_[a].rows.channels);
+        prefetch_row<Fetch::kLater>(from.row(tokens_[is_next ? fetched_ - size_ : fetched_]),
+                                    arrays_[a].rows.channels);
       }
     }
   }
@@ -192,14 +213,52 @@ void pack_queries(const Rows<Sum>& rows, const Tile& tile, const bool (&sees)[kT
   }
 }
 
-// A tile's queries, scaled one by one, to their rows.
-template <typename Element, typename Sum>
-void unpack_queries(const typename Tensor<Element>::Head& to, const Tile& tile,
-                    const Rows<Sum>& rows, const Sum* scale) {
-  for (int l = 0; l < kTileQueries; ++l) {
-    if (tile.token[l] >= 0) unpack_row(to.row(tile.token[l]), rows, l, scale[l]);
+// The rows of a result, one for each query. Those of a large result are stored past the caches,
+// where they are whole lines.
+template <typename Element>
+class QueryResult {
+ public:
+  QueryResult(const Tensor<Element>& tensor, const Problem<kAxes>& problem, int64_t channels)
+      : tensor_(tensor), channels_(channels) {
+    constexpr int64_t kLarge = 4 << 20;
+    const int64_t row = channels * static_cast<int64_t>(sizeof(Element));
+    const bool is_aligned = reinterpret_cast<uintptr_t>(tensor.data) % kLineBytes == 0;
+    past_caches_ = problem.samples * problem.heads * problem.queries() * row >= kLarge &&
+                   row % kLineBytes == 0 && is_aligned;
   }
-}
+
+  // Before the first row of the next tile.
+  void prefetch(int64_t sample, int64_t head, const Tile& next) const {
+    if (!past_caches_) {
+      prefetch_queries<Fetch::kWrite>(tensor_, sample, head, next, channels_);
+    }
+  }
+
+  // A tile's rows, scaled one by one.
+  template <typename Sum>
+  void write(int64_t sample, int64_t head, const Tile& tile, const Rows<Sum>& rows,
+             const Sum* scale) const {
+    const auto to = tensor_.head(sample, head);
+    for (int l = 0; l < kTileQueries; ++l) {
+      if (tile.token[l] < 0) continue;
+      if (past_caches_) {
+        unpack_row_past_caches(to.row(tile.token[l]), rows, l, scale[l]);
+      } else {
+        unpack_row(to.row(tile.token[l]), rows, l, scale[l]);
+      }
+    }
+  }
+
+  // After the last row.
+  void finish() const {
+    if (past_caches_) fence_past_caches();
+  }
+
+ private:
+  const Tensor<Element> tensor_;
+  const int64_t channels_;
+  bool past_caches_;
+};
 
 // A tile's rows with the queries as lanes: channel after channel, panel after panel.
 template <typename Sum>

@@ -55,6 +55,34 @@ JAX_NATTEN_INLINE Vector<T> splat(T value) {
   return Vector<T>{} + value;
 }
 
+// ---- stores past the caches, of results that they could not keep until something reads them
+
+// Copies the bytes of a vector; `to` is aligned to them.
+JAX_NATTEN_INLINE void copy_past_caches(void* to, const void* from) {
+  using V = Vector<float>;
+  const V value = load(static_cast<const float*>(from));
+#if defined(__clang__)
+  __builtin_nontemporal_store(value, static_cast<V*>(to));
+#elif !defined(__x86_64__)
+  store(static_cast<float*>(to), value);
+#elif JAX_NATTEN_VECTOR_BYTES == 64
+  __builtin_ia32_movntps512(static_cast<float*>(to), value);
+#elif JAX_NATTEN_VECTOR_BYTES == 32
+  __builtin_ia32_movntps256(static_cast<float*>(to), value);
+#else
+  __builtin_ia32_movntps(static_cast<float*>(to), value);
+#endif
+}
+
+// Orders such stores before all that follow, as others must see them where a task is done.
+JAX_NATTEN_INLINE void fence_past_caches() {
+#ifdef __x86_64__
+  __builtin_ia32_sfence();
+#else
+  __atomic_thread_fence(__ATOMIC_RELEASE);
+#endif
+}
+
 // Lanes of consecutive ints, as wide as T's.
 template <typename T>
 JAX_NATTEN_INLINE Mask<T> load_ints(const int* from) {

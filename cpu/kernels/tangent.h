@@ -48,7 +48,8 @@ class TangentBlock {
       : call_(call),
         problem_(call.problem),
         place_(place),
-        block_(call.problem, call.rank, blocks, place, place.part) {
+        block_(call.problem, call.rank, blocks, place, place.part),
+        dout_(call.dout, call.problem, call.problem.value_dim) {
     memory_ = allocate(scratch, [&](Parts& parts) {
       const int64_t dim = problem_.dim, value_dim = problem_.value_dim, keys = block_.keys();
       const int64_t entries = block_.most_keys() * kTileQueries;
@@ -97,6 +98,7 @@ class TangentBlock {
         stream.fetch_some();
       });
     });
+    dout_.finish();
   }
 
  private:
@@ -138,7 +140,7 @@ class TangentBlock {
       scales[l] = 1;
       if (!has_derivative[l]) clear_row(m.outs, l);
     }
-    unpack_queries<Element>(call_.dout.head(place_.sample, head), tile, m.outs, scales);
+    dout_.write(place_.sample, head, tile, m.outs, scales);
     const auto dlses = call_.dlse.head(place_.sample, head);
     for (int l = 0; l < kTileQueries; ++l) {
       if (tile.token[l] >= 0) *dlses.row(tile.token[l]) = has_derivative[l] ? m.dlse[l] : Sum{0};
@@ -149,6 +151,7 @@ class TangentBlock {
   const Problem<kAxes>& problem_;
   const Place& place_;
   const BlockView block_;
+  const QueryResult<Element> dout_;
   Memory memory_;
 };
 

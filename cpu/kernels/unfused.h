@@ -117,6 +117,7 @@ void av_block(const Call<AvArrays<Element>>& call, const Blocks& blocks, const P
   const BlockView block(problem, call.rank, blocks, place, place.part);
   const auto m = allocate(
       scratch, [&](Parts& parts) { return Weighted<Sum>(parts, block, problem.value_dim); });
+  const QueryResult outs(call.out, problem, problem.value_dim);
   clear(m.queries);  // of padding channels too, which nothing else writes
   Sum ones[kTileQueries];
   std::fill_n(ones, kTileQueries, Sum{1});
@@ -128,9 +129,10 @@ void av_block(const Call<AvArrays<Element>>& call, const Blocks& blocks, const P
       read_slots<Element>(m.weights, call.attn.head(place.sample, head), tile, shape, problem);
       stream.fetch_some();
       combine(m.queries, m.weights, Keys<Sum>(m.keys, block, tile), shape);
-      unpack_queries<Element>(call.out.head(place.sample, head), tile, m.queries, ones);
+      outs.write(place.sample, head, tile, m.queries, ones);
     });
   });
+  outs.finish();
 }
 
 template <typename Element>
