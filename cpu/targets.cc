@@ -13,7 +13,8 @@ bool is_available(Target target) {
   switch (target) {
 #ifdef JAX_NATTEN_X86_TARGETS
     case Target::avx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+             __builtin_cpu_supports("f16c");
     case Target::avx512:
       return is_available(Target::avx2) && __builtin_cpu_supports("avx512f") &&
              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&

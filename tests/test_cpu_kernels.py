@@ -96,6 +96,18 @@ def test_half_types(name, dtype):
         assert_close(actual[result], expected[result], dtype=dtype, factor=2, err_msg=result)
 
 
+@pytest.mark.parametrize("dim", [32, 16])
+@pytest.mark.parametrize("weight", [1, 0.3, 2**-12, 3000])
+def test_every_float16(weight, dim):
+    """Every float16 is read as what it is, and products are rounded to it as NumPy does."""
+    values = np.arange(1 << 16, dtype=np.uint16).view(np.float16).reshape(1, 1, -1, dim)
+    attn = np.full((1, 1, values.shape[2], 1), weight, np.float16)
+    actual = unfused(1)[1](jnp.asarray(attn), jnp.asarray(values), kernel_size=1, backend="native")
+    with np.errstate(all="ignore"):
+        expected = (attn.astype(np.float32) * values.astype(np.float32)).astype(np.float16)
+    np.testing.assert_array_equal(np.asarray(actual), expected)
+
+
 @pytest.mark.parametrize("name", ["sequence", "image_of_heads", "dilated_image", "ragged_images", "volume"])
 def test_unfused(name):
     with precise("float64"):

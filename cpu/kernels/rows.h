@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/kernels/simd.h"
@@ -79,6 +81,36 @@ void prefetch_queries(const Tensor<T>& from, int64_t sample, int64_t head, const
   for (int64_t token : next.token) prefetch_row<kFetch>(rows.row(token), channels);
 }
 
+// ---- a panel's channels to and from the accumulation type
+
+// to = scale * from
+template <typename Element, typename Sum>
+JAX_NATTEN_INLINE void widen_panel(Sum* to, const Element* from, Sum scale) {
+  if constexpr (kConvertsFloat16 && std::is_same_v<Element, Float16>) {
+    for (int c = 0; c < kPanel; c += kWidth<Sum>) {
+      Halves halves;
+      std::memcpy(&halves, from + c, sizeof(halves));
+      store(to + c, scale * widen_halves(halves));
+    }
+  } else {
+    for (int c = 0; c < kPanel; ++c) to[c] = scale * widen(from[c]);
+  }
+}
+
+template <typename Element, typename Sum>
+JAX_NATTEN_INLINE void narrow_panel(Element* to, const Sum* from, Sum scale) {
+  if constexpr (kConvertsFloat16 && std::is_same_v<Element, Float16>) {
+    for (int c = 0; c < kPanel; c += kWidth<Sum>) {
+      const Halves halves = narrow_to_halves(scale * load(from + c));
+      std::memcpy(to + c, &halves, sizeof(halves));
+    }
+  } else {
+    for (int c = 0; c < kPanel; ++c) to[c] = narrow(scale * from[c], Element{});
+  }
+}
+
+// ---- rows
+
 // row = scale * from
 template <typename Element, typename Sum>
 JAX_NATTEN_INLINE void pack_row(const Rows<Sum>& rows, int64_t index, const Element* from,
@@ -86,7 +118,7 @@ JAX_NATTEN_INLINE void pack_row(const Rows<Sum>& rows, int64_t index, const Elem
   Sum* to = rows.row(index);
   int64_t left = rows.channels;
   for (; left >= kPanel; left -= kPanel, from += kPanel, to += rows.panel) {
-    for (int c = 0; c < kPanel; ++c) to[c] = scale * widen(from[c]);
+    widen_panel(to, from, scale);
   }
   if (left > 0) {
     for (int64_t c = 0; c < left; ++c) to[c] = scale * widen(from[c]);
@@ -100,7 +132,7 @@ JAX_NATTEN_INLINE void unpack_row(Element* to, const Rows<Sum>& rows, int64_t in
   const Sum* from = rows.row(index);
   int64_t left = rows.channels;
   for (; left >= kPanel; left -= kPanel, from += rows.panel, to += kPanel) {
-    for (int c = 0; c < kPanel; ++c) to[c] = narrow(scale * from[c], Element{});
+    narrow_panel(to, from, scale);
   }
   for (int64_t c = 0; c < left; ++c) to[c] = narrow(scale * from[c], Element{});
 }
@@ -113,7 +145,7 @@ JAX_NATTEN_INLINE void unpack_row_past_caches(Element* to, const Rows<Sum>& rows
   const Sum* from = rows.row(index);
   for (int64_t left = rows.channels; left > 0; left -= kPanel, from += rows.panel, to += kPanel) {
     Element panel[kPanel];
-    for (int c = 0; c < kPanel; ++c) panel[c] = narrow(scale * from[c], Element{});
+    narrow_panel(panel, from, scale);
     const int64_t count = std::min<int64_t>(left, kPanel);
     for (int64_t c = 0; c < count; c += kStep) copy_past_caches(to + c, panel + c);
   }

@@ -55,6 +55,37 @@ JAX_NATTEN_INLINE Vector<T> splat(T value) {
   return Vector<T>{} + value;
 }
 
+// ---- float16, a vector of floats at a time where instructions convert it
+
+typedef int16_t Halves __attribute__((vector_size(JAX_NATTEN_VECTOR_BYTES / 2)));
+
+#if JAX_NATTEN_VECTOR_BYTES == 64
+inline constexpr bool kConvertsFloat16 = true;
+
+JAX_NATTEN_INLINE Vector<float> widen_halves(Halves halves) {
+  return __builtin_ia32_vcvtph2ps512_mask(halves, Vector<float>{}, -1, 4);  // as rounding is set
+}
+
+JAX_NATTEN_INLINE Halves narrow_to_halves(Vector<float> value) {
+  return __builtin_ia32_vcvtps2ph512_mask(value, 0, Halves{}, -1);  // to nearest even
+}
+#elif JAX_NATTEN_VECTOR_BYTES == 32
+inline constexpr bool kConvertsFloat16 = true;
+
+JAX_NATTEN_INLINE Vector<float> widen_halves(Halves halves) {
+  return __builtin_ia32_vcvtph2ps256(halves);
+}
+
+JAX_NATTEN_INLINE Halves narrow_to_halves(Vector<float> value) {
+  return __builtin_ia32_vcvtps2ph256(value, 0);  // to nearest even
+}
+#else
+inline constexpr bool kConvertsFloat16 = false;
+
+Vector<float> widen_halves(Halves halves);  // not called
+Halves narrow_to_halves(Vector<float> value);
+#endif
+
 // ---- stores past the caches, of results that they could not keep until something reads them
 
 // Copies the bytes of a vector; `to` is aligned to them.

@@ -1,7 +1,7 @@
-// The kernels for processors with AVX2 and FMA.
+// The kernels for processors with AVX2, FMA and F16C.
 #include "cpu/kernels/common.h"
 
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 
 #define JAX_NATTEN_TARGET avx2
 #define JAX_NATTEN_VECTOR_BYTES 32
