@@ -176,13 +176,11 @@ struct Format<double> {
   static constexpr int kLogTerms = 11;
 };
 
-// 2^x for x up to 0 and somewhat above; 0 where x is below the normal numbers, NaN of NaN.
+// 2^x for x up to 0 and somewhat above; 0 far below the normal numbers, NaN of NaN.
 template <typename T>
 JAX_NATTEN_INLINE Vector<T> exp2(Vector<T> x) {
   using F = Format<T>;
-  const Vector<T> least = splat<T>(1 - F::kBias);
-  const auto vanishes = x < least;
-  x = select(vanishes, least, x);
+  x = largest(splat<T>(-F::kBias), x);  // whose power has no bit set
   // The sum's last bits are those of the power's exponent.
   const Vector<T> sum = x + (F::kToInteger + F::kBias);
   const Vector<T> rest = x - (sum - (F::kToInteger + F::kBias));
@@ -190,7 +188,7 @@ JAX_NATTEN_INLINE Vector<T> exp2(Vector<T> x) {
   JAX_NATTEN_UNROLL
   for (int n = 1; n < F::kTerms; ++n) result = result * rest + F::kExp2[n];
   const auto power = reinterpret_cast<Mask<T>>(sum) << F::kMantissa;
-  return select(vanishes, Vector<T>{}, result * reinterpret_cast<Vector<T>>(power));
+  return result * reinterpret_cast<Vector<T>>(power);
 }
 
 // The logarithm to base e; of 0 it is -infinity, of NaN NaN. No other argument below the normal
