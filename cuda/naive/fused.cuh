@@ -13,9 +13,9 @@
 
 namespace jax_natten::naive {
 
-inline constexpr Shape kForward{4, 2, 4};
+inline constexpr Shape kForward{4, 4, 2};
 inline constexpr Shape kTangent{4, 2, 2};
-inline constexpr Shape kBackwardQueries{4, 2, 3};
+inline constexpr Shape kBackwardQueries{4, 2, 2};
 inline constexpr Shape kBackwardKeys{2, 4, 2};
 inline constexpr Shape kBackwardBias{1, 1, 1};
 
@@ -53,12 +53,10 @@ __global__ void __launch_bounds__(kThreads, kForward.blocks)
           const typename Group::Own bias = biases_of(op.bias, rows.sample, rows.head, walk);
           // s = scale q.k + bias
           typename Group::Own s = products(q, k);
-          k.next();
           for (int o = 0; o < Group::kOwn; ++o) {
             s.value[o] = walk.sees(o) ? s.value[o] + bias.value[o] : nothing<Sum>();
           }
           add_weighted(out, softmax.weights(s, out), v, rows.begin);
-          v.next();
         },
         k, v);
 
@@ -102,8 +100,6 @@ __global__ void __launch_bounds__(kThreads, kTangent.blocks)
           typename Group::Pairs shares{};
           add_products(shares, dq, k);
           add_products(shares, q, dk);
-          k.next();
-          dk.next();
           typename Group::Own change = Group::sum(shares);
           for (int o = 0; o < Group::kOwn; ++o) {
             const Sum s = weight.value[o] + bias.value[o];
@@ -114,9 +110,7 @@ __global__ void __launch_bounds__(kThreads, kTangent.blocks)
           }
           add_weighted(changed, change, v, rows.begin);
           add_weighted(out, weight, v, rows.begin);
-          v.next();
           add_weighted(changed, weight, dv, rows.begin);
-          dv.next();
         },
         k, dk, v, dv);
 
@@ -160,13 +154,11 @@ __global__ void __launch_bounds__(kThreads, kBackwardQueries.blocks)
           const typename Group::Own bias = biases_of(op.bias, rows.sample, rows.head, walk);
           typename Group::Own ds = products(q, k);
           const typename Group::Own dp = products(ct, v);
-          v.next();
           for (int o = 0; o < Group::kOwn; ++o) {
             const Sum s = ds.value[o] + bias.value[o];
             ds.value[o] = walk.sees(o) ? exp(s - lse) * (dp.value[o] + delta) : Sum{0};
           }
           add_weighted(dq, ds, k, rows.begin);
-          k.next();
         },
         k, v);
 
@@ -216,9 +208,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardKeys.blocks)
               ds.value[o] = counts ? weight.value[o] * (ds.value[o] + delta.value[o]) : Sum{0};
             }
             add_weighted(dv, weight, ct, rows.begin);
-            ct.next();
             add_weighted(dk, ds, q, rows.begin);
-            q.next();
           },
           q, ct);
     }

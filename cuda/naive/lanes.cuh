@@ -116,17 +116,13 @@ struct Lanes {
     return static_cast<int>(geometry::min(length - begin, kWidth)) - lane() * kUnit;
   }
 
-  // Loads this lane's units; zeros beyond the row's end.
-  static __device__ void load_into(Loaded& loaded, const Unit<Element, kUnit>* first, int left) {
+  // Loads this lane's units; what lies beyond the row's end, and everything where there is no row,
+  // is left as it was.
+  static __device__ void load_into(Loaded& loaded, const Unit<Element, kUnit>* first, int left,
+                                   bool exists) {
     for (int u = 0; u < kUnits; ++u) {
-      loaded[u] = {};
-      if (u * kLanes * kUnit < left) loaded[u] = first[u * kLanes];
+      if (exists && u * kLanes * kUnit < left) loaded[u] = first[u * kLanes];
     }
-  }
-
-  // The same of a piece that fills its lanes.
-  static __device__ void load_into(Loaded& loaded, const Unit<Element, kUnit>* first) {
-    for (int u = 0; u < kUnits; ++u) loaded[u] = first[u * kLanes];
   }
 
   static __device__ Piece<Sum> widen(const Loaded& loaded) {
@@ -139,7 +135,7 @@ struct Lanes {
   static __device__ Piece<Sum> load(const Element* row, int64_t length, int64_t begin = 0,
                                     bool exists = true) {
     Loaded loaded{};
-    if (exists) load_into(loaded, first_unit(row, begin), left(length, begin));
+    load_into(loaded, first_unit(row, begin), left(length, begin), exists);
     return widen(loaded);
   }
 

@@ -140,8 +140,7 @@ class Walk {
   // Whether the lane's first row sees anything.
   __device__ bool sees_any() const { return own_count_ > 0; }
 
-  // Calls visit() for every batch, in all groups of the warp while any has one. The rows of each
-  // run's first batch are loaded before; visit() has the next ones loaded, as soon as it can.
+  // Loads the rows of every batch and calls visit(), in all groups of the warp while any has one.
   template <typename Visit, typename... Batches>
   __device__ void for_each_batch(Visit&& visit, Batches&... batches) {
     for (int& ordinal : ordinal_) ordinal = 0;
@@ -150,25 +149,20 @@ class Walk {
       begin_run();
       at_ = goes_on ? 0 : count_;
       (batches.begin_run(), ...);
-      for (; __any_sync(kAllLanes, at_ < count_); at_ += Group::kBatch) visit();
+      for (; __any_sync(kAllLanes, at_ < count_); at_ += Group::kBatch) {
+        (batches.load(), ...);
+        visit();
+      }
       int a = kLast - 1;
       for (; a >= 0 && ++ordinal_[a] >= own_.axis[a].count; --a) ordinal_[a] = 0;
       goes_on = goes_on && a >= 0;
     }
   }
 
-  // Whether the lane's b-th neighbor is there, or that of a batch further on; and its token.
-  __device__ bool has(int b, int further = 0) const {
-    return at_ + further * Group::kBatch + Group::neighbor(b) < count_;
-  }
-  __device__ int64_t token(int b) const {
-    return token_ + (at_ + Group::neighbor(b)) * token_step();
-  }
+  // Whether the lane's b-th neighbor is there, and its token.
+  __device__ bool has(int b) const { return at_ + Group::neighbor(b) < count_; }
+  __device__ int64_t token(int b) const { return token_ + (at_ + Group::neighbor(b)) * step_; }
   __device__ int64_t token_step() const { return step_; }
-  // That of the neighbor in a run's first batch; of another one if it is not there.
-  __device__ int64_t first_token(int b) const {
-    return token_ + max(min(Group::neighbor(b), count_ - 1), 0) * token_step();
-  }
 
   // Of a pair of the lane's own: whether they see each other, the slot in the window of a query and
   // the bias.
@@ -248,8 +242,8 @@ __device__ typename Group::Sum product_with(const Held<Group, Array>& rows, cons
   return Group::first_sum(shares);
 }
 
-// A batch of neighbors' rows of an array. In the place of those that are not there are others; no
-// pair of theirs counts.
+// A batch of neighbors' rows of an array. Rows that are not there are as those before, no pair of
+// which counts.
 template <typename Group, int Rank, typename Array>
 class Batch {
  public:
@@ -261,24 +255,21 @@ class Batch {
         array_(array),
         length_(length),
         begin_(begin),
-        left_(Group::left(length, begin)) {}
+        left_(Group::left(length, begin)),
+        loaded_{} {}
 
   __device__ void begin_run() {
     for (int b = 0; b < Group::kBatch; ++b) {
-      first_[b] = Group::first_unit(array_.row(walk_.first_token(b)), begin_);
+      first_[b] = Group::first_unit(array_.row(walk_.token(b)), begin_);
     }
-    load();
   }
 
-  // Loads the rows of the next batch.
-  __device__ void next() {
+  __device__ void load() {
     for (int b = 0; b < Group::kBatch; ++b) {
+      Group::load_into(loaded_[b], first_[b], left_, walk_.has(b));
       // From the token it would take a multiplication. Rows are whole units apart.
-      if (walk_.has(b, 1)) {
-        first_[b] += Group::kBatch * walk_.token_step() * (array_.stride / Group::kUnit);
-      }
+      first_[b] += Group::kBatch * walk_.token_step() * (array_.stride / Group::kUnit);
     }
-    load();
   }
 
   __device__ Piece<Sum> piece(int b) const { return Group::widen(loaded_[b]); }
@@ -294,19 +285,11 @@ class Batch {
   }
 
  private:
-  __device__ void load() {
-    if (length_ - begin_ >= Group::kWidth) {
-      for (int b = 0; b < Group::kBatch; ++b) Group::load_into(loaded_[b], first_[b]);
-    } else {
-      for (int b = 0; b < Group::kBatch; ++b) Group::load_into(loaded_[b], first_[b], left_);
-    }
-  }
-
   const Walk<Group, Rank>& walk_;
   const Array array_;
   const int64_t length_, begin_;
   const int left_;
-  decltype(Group::first_unit(nullptr, 0)) first_[Group::kBatch];  // of the batch
+  decltype(Group::first_unit(nullptr, 0)) first_[Group::kBatch];  // of the next batch
   typename Group::Loaded loaded_[Group::kBatch];
 };
 

@@ -11,9 +11,9 @@
 
 namespace jax_natten::naive {
 
-inline constexpr Shape kQk{4, 4, 3};
-inline constexpr Shape kAv{4, 2, 4};
-inline constexpr Shape kInverse{4, 2, 4};
+inline constexpr Shape kQk{2, 4, 3};
+inline constexpr Shape kAv{4, 2, 3};
+inline constexpr Shape kInverse{4, 4, 3};
 
 template <typename Group, typename Element, int Rank>
 __global__ void __launch_bounds__(kThreads, kQk.blocks)
@@ -37,7 +37,6 @@ __global__ void __launch_bounds__(kThreads, kQk.blocks)
     walk.for_each_batch(
         [&] {
           const typename Group::Own product = products(q, k);
-          k.next();
           for (int o = 0; o < Group::kOwn; ++o) {
             if (walk.sees(o) && Group::lane() < Group::kOwners) {
               attn[walk.slot(o)] = device::narrow(product.value[o], Element{});
@@ -68,7 +67,6 @@ __global__ void __launch_bounds__(kThreads, kAv.blocks)
             weight.value[o] = walk.sees(o) ? device::widen(attn[walk.slot(o)]) : Sum{0};
           }
           add_weighted(out, weight, v, rows.begin);
-          v.next();
         },
         v);
     store(rows, op.out.head(rows.sample, rows.head), p.value_dim, walk.sees_any(), Sum{1}, out);
@@ -89,6 +87,8 @@ class KeySlots {
       others_ += sample_.slot_in_axis(a, seen_by_, sample_.key_of(a, seen_by_), walk_.ordinal(a));
     }
   }
+  __device__ void load() {}
+
   // That of a pair of the lane's own.
   __device__ int64_t slot(int o) const {
     return others_ + sample_.slot_in_axis(kLast, seen_by_, key_, walk_.place(o));
@@ -129,7 +129,6 @@ __global__ void __launch_bounds__(kThreads, kInverse.blocks)
               weight.value[o] = device::widen(attn[slots.slot(o)]);
             }
             add_weighted(out, weight, x, rows.begin);
-            x.next();
           },
           slots, x);
     }
