@@ -39,7 +39,8 @@ Job narrow_keys(const Problem<kAxes>& problem, const Tensor<Element>& result,
     return {};
   } else {
     return {over_range(size_of_keys(problem, channels), [=](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) result.data[i] = narrow(sums.data[i], Element{});
+      const Rows<Accumulator<Element>> row{sums.data + begin, end - begin, kPanel};
+      unpack_row(result.data + begin, row, 0, Accumulator<Element>{1});
     })};
   }
 }
