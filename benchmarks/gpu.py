@@ -144,8 +144,9 @@ def milliseconds(function: Callable, operands: tuple, repeats: int) -> float:
     return statistics.median((wall(2 * calls) - wall(calls)) / calls for _ in range(repeats))
 
 
-def random(shape: tuple[int, ...], dtype: str, count: int) -> list[jax.Array]:
-    return [jax.random.normal(key, shape, dtype) for key in jax.random.split(jax.random.key(0), count)]
+def random(dtype: str, *shapes: tuple[int, ...]) -> list[jax.Array]:
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
 
 
 def neighborhood(case: Case, backend: str | None) -> Partial:
@@ -162,13 +163,12 @@ def fused(
     operation: str, attention: Partial, shapes: tuple[tuple[int, ...], ...], dtype: str
 ) -> tuple[Callable, tuple]:
     """A function and its operands, among which are the arrays that `attention` may hold; shapes of keys and values."""
-    q, k = random(shapes[0], dtype, 2)
-    *_, v, out_bar = random(shapes[1], dtype, 4)
+    q, k, v = random(dtype, shapes[0], *shapes)
     if operation == "forward":
         return lambda q, k, v, attention: attention(q, k, v), (q, k, v, attention)
     if operation == "backward":
         _, pull = jax.vjp(jax.jit(attention), q, k, v)
-        return lambda out_bar, pull: pull(out_bar), (out_bar, pull)
+        return lambda out_bar, pull: pull(out_bar), (v, pull)
     _, push = jax.linearize(jax.jit(attention), q, k, v)
     return lambda q_dot, k_dot, v_dot, push: push(q_dot, k_dot, v_dot), (q, k, v, push)
 
@@ -176,10 +176,11 @@ def fused(
 def unfused(operation: str, case: Case, dtype: str, backend: str | None) -> tuple[Callable, tuple]:
     qk, av = ((na1d_qk, na1d_av), (na2d_qk, na2d_av), (na3d_qk, na3d_av))[len(case.kernel_size) - 1]
     window = case.window | {"backend": backend}
-    x, y = random((*case.weights_shape[:-1], case.shape[-1]), dtype, 2)
+    rows = (*case.weights_shape[:-1], case.shape[-1])
+    x, y = random(dtype, rows, rows)
     if operation == "qk":
         return lambda q, k: qk(q, k, **window), (x, y)
-    (attn,) = random(case.weights_shape[2:], dtype, 1)  # of one head: the bits of a draw take several times its memory
+    (attn,) = random(dtype, case.weights_shape[2:])  # of one head: the bits of a draw take several times its memory
     attn = jnp.broadcast_to(attn, case.weights_shape)
     if operation == "av":
         return lambda v, attn: av(attn, v, **window), (x, attn)
@@ -214,8 +215,7 @@ def mask(case: Case) -> jax.Array:
 
 def worst_error(case: Case, dtype: str, backend: str | None) -> float:
     """Largest error over the largest output of a query, of two corners and six random tokens; NaN where any is."""
-    q, k = random(case.shape, dtype, 2)
-    *_, v = random(case.value_shape, dtype, 3)
+    q, k, v = random(dtype, case.shape, case.shape, case.value_shape)
     out = jax.jit(neighborhood(case, backend))(q, k, v)
     table = biases(case)
 
@@ -247,7 +247,7 @@ def machine(dtype: str, repeats: int) -> dict:
     ones, square = jnp.ones((COPY_SIZE,)), (MATMUL_SIZE, MATMUL_SIZE)
     copy = 2 * ones.nbytes / milliseconds(lambda x: x + 1, (ones,), repeats)
     matmul = partial(jnp.matmul, precision="highest" if dtype == "float32" else None)  # no TF32
-    product = 2 * MATMUL_SIZE**3 / milliseconds(matmul, tuple(random(square, dtype, 2)), repeats)
+    product = 2 * MATMUL_SIZE**3 / milliseconds(matmul, tuple(random(dtype, square, square)), repeats)
     device = dict(device=jax.devices()[0].device_kind, driver="unknown" if status else driver.split()[0])
     return device | dict(jax=jax.__version__, dtype=dtype, copy_tb_s=copy * 1e-9, matmul_tflop_s=product * 1e-9)
 
