@@ -5,6 +5,7 @@ else of the package; jax itself differentiates them. Features are spread over th
 dilation, stride, borders, lengths, bias and additional tokens.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
@@ -126,8 +127,8 @@ class Operation:
     layouts: tuple  # of the arrays: a letter an axis, b for batch, h for heads, anything else for the rest
 
     def arrays(self, seed: int = 0) -> tuple:
-        keys = jax.random.split(jax.random.key(seed), len(self.shapes))
-        return tuple(jax.random.normal(key, shape) for key, shape in zip(keys, self.shapes, strict=True))
+        rng = np.random.default_rng(seed)
+        return tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in self.shapes)
 
     def specs(self, **axes: str) -> tuple:
         """Partition specs of the arrays, for mesh axes named by layout letter."""
@@ -292,6 +293,17 @@ BY_NAME = {operation.name: operation for operation in OPERATIONS}
 def loss(function: Callable) -> Callable:
     """A scalar that is nonlinear in every result, so that its derivatives of all orders differ from 0."""
     return lambda *arrays: sum(jnp.sum(jnp.sin(x + 0.3)) for x in jax.tree.leaves(function(*arrays)))
+
+
+def everything(operation: Operation) -> tuple:
+    """All argument numbers."""
+    return tuple(range(len(operation.shapes)))
+
+
+@functools.cache
+def dense_gradient(operation: Operation) -> tuple:
+    """The loss of the dense formula and its gradients."""
+    return jax.jit(jax.value_and_grad(loss(operation.dense), everything(operation)))(*operation.arrays())
 
 
 def ones(tree: Any) -> Any:

@@ -6,16 +6,12 @@ from collections import Counter
 import jax
 import jax.numpy as jnp
 import pytest
-from operations import BY_NAME, OPERATIONS, assert_close, loss
+from operations import BY_NAME, OPERATIONS, assert_close, dense_gradient, everything, loss
 
 import jax_natten as jn
 from jax_natten._primitive import KERNEL_PLATFORMS
 
 operations = pytest.mark.parametrize("operation", OPERATIONS, ids=repr)
-
-
-def everything(operation):
-    return tuple(range(len(operation.shapes)))
 
 
 def kernels(function, *arrays) -> dict[str, int]:
@@ -152,7 +148,7 @@ def test_disable_jit(operation):
     x = operation.arrays()
     with jax.disable_jit():
         actual = jax.value_and_grad(loss(operation.call), everything(operation))(*x)
-    assert_close(actual, jax.jit(jax.value_and_grad(loss(operation.dense), everything(operation)))(*x))
+    assert_close(actual, dense_gradient(operation))
 
 
 @pytest.mark.parametrize("name", ["na1d", "na1d_av", "attention"])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh, put, run
-from operations import BY_NAME, OPERATIONS, assert_close, loss
+from operations import BY_NAME, OPERATIONS, assert_close, dense_gradient, everything, loss
 
 import jax_natten as jn
 
@@ -15,18 +15,9 @@ operations = pytest.mark.parametrize("operation", OPERATIONS, ids=repr)
 AXES = ("data", "model")
 
 
-def everything(operation):
-    return tuple(range(len(operation.shapes)))
-
-
 def total(f):
     """The loss of all shards."""
     return lambda *arrays: jax.lax.psum(loss(f)(*arrays), AXES)
-
-
-@functools.cache
-def dense_gradient(operation):
-    return jax.jit(jax.value_and_grad(loss(operation.dense), everything(operation)))(*operation.arrays())
 
 
 @operations
