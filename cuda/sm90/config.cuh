@@ -29,6 +29,15 @@ struct Row {
   static constexpr int kChunkBytes = kChannels * 2;
 };
 
+// What the queries of each step see of a tile of keys along each axis, one axis after the other: of
+// the first two a word, of the last one a word for each of the four lanes that share a query.
+template <int kQueries>
+struct TileMask {
+  static constexpr int kWords =
+      4 * kQueries + kAxes - 1;  // at most: all steps are of the last axis
+  uint32_t words[kWords];
+};
+
 // kConsumers warpgroups, each of 64 queries, go together through tiles of kKeys keys that lie in
 // kStages places. kBlocks run on a multiprocessor at once. kOverlaps: the logits of a tile are
 // computed while the weights of the one before are applied; else other blocks fill the gaps.
@@ -59,11 +68,16 @@ struct Config {
   static constexpr int kHelperRegisters = kConsumers == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
 
+  static constexpr int kQueries = kConsumers * kRows;
+  static constexpr int kOtherBytes =  // plans, biases, masks and barriers
+      2 * (sizeof(Plan<kQueries>) + 4 * kBiases) + kStages * sizeof(TileMask<kQueries>) + 1024;
+  // Of shared memory, 1 KB of which the system takes for each block.
+  static constexpr int kMostBytes = 227 * 1024 / kBlocks - (kBlocks > 1 ? 1024 : 0);
   // Outputs leave through memory of their own where there is room, so that the next queries can
   // come while they do; else through that of the queries.
-  static constexpr bool kHasOut = kConsumers * (kQueryBytes + kOutBytes) +
-                                      kStages * (kKeyBytes + kValueBytes) + 8 * kBiases + 5120 <=
-                                  227 * 1024 / kBlocks;
+  static constexpr bool kHasOut =
+      kConsumers * (kQueryBytes + kOutBytes) + kStages * (kKeyBytes + kValueBytes) + kOtherBytes <=
+      kMostBytes;
   static_assert(kHasOut || kOutBytes <= kQueryBytes);
 };
 
@@ -71,12 +85,6 @@ struct Config {
 struct Handover {
   Barrier full;
   Barrier free;
-};
-
-// Where a tile of keys begins, in bits of masks from the first key that the block's queries see.
-struct KeyBox {
-  alignas(16) int bit[kAxes];
-  int bias;  // and its entry in a table of biases
 };
 
 // A plan, and where there are biases the table of its head.
@@ -89,23 +97,23 @@ struct PlanOf<kQueries, 0> : Plan<kQueries> {};
 
 template <typename Config>
 struct Shared {
-  static constexpr int kStages = Config::kStages;
-  // More than stages: a warp may read a box after its warpgroup has given the stage back.
-  static constexpr int kBoxes = 2 * kStages;
+  static constexpr int kStages = Config::kStages, kQueries = Config::kQueries;
 
   alignas(1024) unsigned char q[Config::kConsumers][Config::kQueryBytes];
   alignas(1024) unsigned char k[kStages][Config::kKeyBytes];
   alignas(1024) unsigned char v[kStages][Config::kValueBytes];
   alignas(1024) unsigned char own_out[Config::kHasOut ? Config::kConsumers * Config::kOutBytes : 1];
-  PlanOf<Config::kConsumers * kRows, Config::kBiases> plan[2];
-  KeyBox box[kBoxes];
+  PlanOf<kQueries, Config::kBiases> plan[2];
+  TileMask<kQueries> mask[kStages];  // with the keys
+  int first_bias[kStages];           // the entry of a tile's first key in a table of biases
+  int first_key[kStages][kAxes];     // with the values: from the first that the block's queries see
   Handover plans[2];
   Barrier windows[2];  // the plan's, which are there later
   Handover queries[Config::kConsumers];
   Handover keys[kStages];
   Handover values[kStages];
   // How far back, in a table of biases, a query has its entries.
-  int row_bias[Config::kHasBias ? Config::kConsumers * kRows : 1];
+  int row_bias[Config::kHasBias ? kQueries : 1];
 
   __device__ __forceinline__ unsigned char* out(int consumer) {
     return Config::kHasOut ? own_out + consumer * Config::kOutBytes : q[consumer];
@@ -122,10 +130,10 @@ struct Shared {
       query.free.init(1);
     }
     for (int i = 0; i < kStages; ++i) {
-      keys[i].full.init(1);
+      keys[i].full.init(kWarp);
       values[i].full.init(1);
-      keys[i].free.init(Config::kConsumers);
-      values[i].free.init(Config::kConsumers);
+      keys[i].free.init(4 * Config::kConsumers);  // every consuming warp
+      values[i].free.init(4 * Config::kConsumers);
     }
     publish_barriers();
   }

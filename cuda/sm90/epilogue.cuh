@@ -59,23 +59,23 @@ struct Epilogue {
   }
 
   template <typename Plan>
-  __device__ __forceinline__ void run(const Plan& plan, const Mask& mask, Softmax& softmax,
-                                      float (&out)[kOutputs]) {
+  __device__ __forceinline__ void run(const Plan& plan, Softmax& softmax, float (&out)[kOutputs]) {
     softmax.finish();
     float factor[kLaneRows];
 #pragma unroll
     for (int r = 0; r < kLaneRows; ++r) {
-      // Tiles without a mask are seen whole by the queries that see any key; others stay empty.
-      const bool empty = !mask.sees_any[r] || softmax.total[r] == 0;
-      factor[r] = empty ? 0.f : 1 / softmax.total[r];
+      int step[kAxes];
       int64_t token = 0;
       bool exists = lane_id() % 4 == 0;
       for (int a = 0; a < kAxes; ++a) {
-        const int step = step_of_row(shape, number, lane_row(r), a);
-        const int64_t index = plan.query[a] + step * problem.window[a].dilation;
+        step[a] = step_of_row(shape, number, lane_row(r), a);
+        const int64_t index = plan.query[a] + step[a] * problem.window[a].dilation;
         exists = exists && index < problem.query_shape[a];
         token = token * problem.query_shape[a] + index;
       }
+      // Tiles without a mask are seen whole by the queries that see any key; others stay empty.
+      const bool empty = !sees_any(plan, shape, step) || softmax.total[r] == 0;
+      factor[r] = empty ? 0.f : 1 / softmax.total[r];
       if (exists) {
         lse.head(plan.sample, plan.head).row(token)[0] = empty ? -INFINITY : softmax.lse(r);
       }

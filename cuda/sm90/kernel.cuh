@@ -20,7 +20,6 @@ __device__ void consume(Shared<Config>& shared, const Maps& maps, const Tensor<f
     Handover& handover = shared.plans[plans.place];
     shared.windows[plans.place].wait(plans.parity);
     const auto& plan = shared.plan[plans.place];
-    const Mask mask(plan, shape, number);
     Softmax softmax(shape.scale);
     float out[Consumer<Config>::kOutputs];
 #pragma unroll
@@ -31,11 +30,11 @@ __device__ void consume(Shared<Config>& shared, const Maps& maps, const Tensor<f
       if (Config::kHasOut && consumer.is_leader) queries.free.arrive();
     };
     if (plan.tile_count() > 0) {
-      consumer.run(plan, mask, softmax, out, give_queries_back);
+      consumer.run(plan, softmax, out, give_queries_back);
     } else {
       give_queries_back();
     }
-    epilogue.run(plan, mask, softmax, out);
+    epilogue.run(plan, softmax, out);
     if (!Config::kHasOut && consumer.is_leader) queries.free.arrive();
     __syncwarp();
     if (lane_id() == 0) handover.free.arrive();
@@ -65,8 +64,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     const auto helper = static_cast<int>(threadIdx.x) - Config::kConsumers * kWarpgroup;
     if (helper < kWarp) {
       run_planner(shared, problem, shape, tiles);
-    } else if (helper == kWarp) {
-      Producer<Config>{shared, maps, problem, shape, {}, {}}.run(tiles);
+    } else if (helper < 2 * kWarp) {
+      Producer<Config>{shared, maps, problem, shape, {}}.run(tiles);
     }
   }
 }

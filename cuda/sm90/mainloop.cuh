@@ -39,9 +39,9 @@ struct Consumer {
   const typename Config::Shape& shape;
   int number;  // of the consumers, uniform
   bool is_leader;
+  LaneMask mask;
   uint32_t q_word, k_word, v_word;
   Cursor<Config::kStages> key, value;
-  Cursor<Shared<Config>::kBoxes> box;
 
   __device__ __forceinline__ Consumer(Shared<Config>& shared, const typename Config::Shape& shape,
                                       int number)
@@ -49,6 +49,7 @@ struct Consumer {
         shape(shape),
         number(number),
         is_leader(threadIdx.x % kWarpgroup == 0),
+        mask(shape, number),
         q_word(operand_at(shared.q[number])),
         k_word(operand_at(shared.k[0])),
         v_word(operand_at(shared.v[0], kKeys * ValueRow::kChunkBytes)) {}
@@ -95,36 +96,30 @@ struct Consumer {
 
   template <int kPlaces>
   __device__ __forceinline__ void give_back(Handover (&places)[kPlaces], Cursor<kPlaces>& cursor) {
-    if (is_leader) places[cursor.place].free.arrive();
+    if (lane_id() == 0) places[cursor.place].free.arrive();
     cursor.advance();
-  }
-
-  // The tile whose logits come next: its mask is worked out while they are computed.
-  template <bool kMasked>
-  __device__ __forceinline__ void find_words(const Mask& mask, uint32_t (&words)[kLaneRows][2]) {
-    if constexpr (kMasked) mask.words_of(shared.box[box.place], shape, words);
   }
 
   // The tile whose logits come next.
   template <typename Plan>
   __device__ __forceinline__ void begin_with_biases(const Plan& plan, float (&s)[kLogits]) {
     const int row = number * kRows + lane_row(0);
-    load_biases(s, plan.bias + shared.box[box.place].bias - shared.row_bias[row], shape);
+    load_biases(s, plan.bias + shared.first_bias[key.place] - shared.row_bias[row], shape);
   }
 
   // Before the values of a tile are used, of a plan that has missing ones.
   template <typename Plan>
   __device__ __forceinline__ void clear_values(const Plan& plan) {
     shared.values[value.place].full.wait(value.parity);
-    clear_missing_values<Config>(shared.v[value.place], plan, shape, shared.box[box.place],
+    clear_missing_values<Config>(shared.v[value.place], plan, shape, shared.first_key[value.place],
                                  1 + number);
   }
 
   // All tiles of keys of a plan, which has at least one; after_queries() once the queries have been
   // read for the last time.
   template <typename Plan, typename AfterQueries>
-  __device__ __forceinline__ void run(const Plan& plan, const Mask& mask, Softmax& softmax,
-                                      float (&out)[kOutputs], AfterQueries&& after_queries) {
+  __device__ __forceinline__ void run(const Plan& plan, Softmax& softmax, float (&out)[kOutputs],
+                                      AfterQueries&& after_queries) {
     const int tiles = plan.tile_count(), rim = tiles - plan.inner_count();
     const bool clears = plan.has_missing_keys;
     int tile = 0;
@@ -135,13 +130,13 @@ struct Consumer {
     // The weights of the next tile.
     const auto weigh = [&](auto masked) __attribute__((always_inline)) {
       constexpr bool kMasked = decltype(masked)::value;
-      uint32_t words[kLaneRows][2];
+      uint32_t words[kLaneRows];
       shared.keys[key.place].full.wait(key.parity);
       if constexpr (Config::kHasBias) begin_with_biases(plan, s);
       pin(s);
       begin_products();
       begin_logits(s);
-      find_words<kMasked>(mask, words);
+      if constexpr (kMasked) mask.read(shared.mask[key.place], words);
       wait_for_products<0>();
       pin(s);
       give_back(shared.keys, key);
@@ -168,7 +163,7 @@ struct Consumer {
     // The weights of the next tile, while the outputs of the one before are computed.
     const auto overlapped = [&](auto masked) __attribute__((always_inline)) {
       constexpr bool kMasked = decltype(masked)::value;
-      uint32_t words[kLaneRows][2];
+      uint32_t words[kLaneRows];
       shared.keys[key.place].full.wait(key.parity);
       if constexpr (Config::kHasBias) begin_with_biases(plan, s);
       pin(s);
@@ -179,7 +174,7 @@ struct Consumer {
       shared.values[value.place].full.wait(value.parity);
       begin_products();
       begin_outputs(out, p);
-      find_words<kMasked>(mask, words);
+      if constexpr (kMasked) mask.read(shared.mask[key.place], words);
       wait_for_products<1>();
       pin(s);
       give_back(shared.keys, key);
@@ -192,18 +187,13 @@ struct Consumer {
       round(s, p);
       if (moves) scale_rows(out, shrink);
       if (kMasked && clears) clear_values(plan);
-      box.advance();
     };
 
     if constexpr (Config::kOverlaps) {
-      const auto first = [&](auto masked) __attribute__((always_inline)) {
-        weigh(masked);
-        box.advance();
-      };
       if (rim > 0) {
-        first(std::true_type{});
+        weigh(std::true_type{});
       } else {
-        first(std::false_type{});
+        weigh(std::false_type{});
       }
       for (tile = 1; tile < rim; ++tile) overlapped(std::true_type{});
       for (; tile < tiles; ++tile) overlapped(std::false_type{});
@@ -213,7 +203,6 @@ struct Consumer {
       const auto one_by_one = [&](auto masked) __attribute__((always_inline)) {
         weigh(masked);
         apply_weights();
-        box.advance();
       };
       for (; tile < rim; ++tile) one_by_one(std::true_type{});
       for (; tile < tiles; ++tile) one_by_one(std::false_type{});

@@ -1,15 +1,17 @@
 // Which logits of a tile count: those of keys that the query sees.
 //
 // Of each run of 8 keys a lane has keys 2c and 2c + 1, c = lane mod 4, for two queries. For each
-// query and each of the two a word has a bit for every run of the tile: the product of one pattern
-// an axis, an interval of it, since a window is an interval on every axis.
+// query a word has a bit for every run of the tile, of keys 2c in its lower half, of keys 2c + 1 in
+// its upper one. It is the conjunction of a word an axis, since a window is an interval on every
+// axis; these are few, and the producer writes them beside the keys.
 #pragma once
 
 #include "cuda/sm90/config.cuh"
 
 namespace jax_natten::sm90 {
 
-inline constexpr int kLaneRows = 2;  // a lane's queries, 8 rows apart
+inline constexpr int kLaneRows = 2;   // a lane's queries, 8 rows apart
+inline constexpr int kHalfWord = 16;  // runs of a tile, at most
 
 __device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x) % kWarp; }
 __device__ __forceinline__ int warp_of_warpgroup() {
@@ -35,55 +37,76 @@ __device__ __forceinline__ uint32_t bits_between(int begin, int end) {
   return from_begin & ~from_end;
 }
 
-// What the lane's queries see, in bits of masks.
-struct Mask {
-  Span rows[kLaneRows][kAxes - 1];  // along the first axes
-  Span runs[kLaneRows][2];          // along the last, of keys 2c and of keys 2c + 1
-  bool sees_any[kLaneRows];
+// Writes what the steps of a block's queries see of a tile that begins at the given keys, which are
+// counted from the first that they see. All lanes of a warp.
+template <int kQueries>
+__device__ __forceinline__ void write_mask(TileMask<kQueries>& mask, const Plan<kQueries>& plan,
+                                           const Shape& shape, const int (&begin)[kAxes]) {
+  constexpr int kLast = kAxes - 1;
+  const int planes = shape.queries[0], before_last = planes + shape.queries[1];
+  for (int i = lane_id(); i < before_last; i += kWarp) {
+    const int a = i < planes ? 0 : 1;
+    const Span keys = plan.seen[i];
+    const uint32_t bits = bits_between((keys.begin - begin[a]) * shape.stride[a],
+                                       (keys.end - begin[a]) * shape.stride[a]);
+    mask.words[i] = (bits & shape.period[a]) * shape.repeat[a];
+  }
+  for (int i = lane_id(); i < 4 * shape.queries[kLast]; i += kWarp) {
+    const Span keys = plan.seen[before_last + i / 4];
+    uint32_t word = 0;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int past = kRun - 1 - 2 * (i % 4) - e - begin[kLast];
+      const uint32_t bits =
+          bits_between((keys.begin + past) >> kLogRun, (keys.end + past) >> kLogRun);
+      word |= (bits & shape.period[kLast]) * shape.repeat[kLast] << e * kHalfWord;
+    }
+    mask.words[before_last + i] = word;
+  }
+}
 
-  template <int kQueries>
-  __device__ __forceinline__ Mask(const Plan<kQueries>& plan, const Shape& shape, int consumer) {
+// Where a lane finds what its queries see.
+struct LaneMask {
+  int at[kLaneRows][kAxes];  // words of a tile's mask
+
+  __device__ __forceinline__ LaneMask(const Shape& shape, int consumer) {
 #pragma unroll
     for (int r = 0; r < kLaneRows; ++r) {
-      sees_any[r] = true;
-      const Span* axis = plan.seen;
+      int before = 0;
 #pragma unroll
-      for (int a = 0; a < kAxes; axis += shape.queries[a++]) {
-        const Span keys = axis[step_of_row(shape, consumer, lane_row(r), a)];
-        sees_any[r] = sees_any[r] && keys.begin < keys.end;
-        if (a < kAxes - 1) {
-          rows[r][a] = {bits_of(shape, a, keys.begin), bits_of(shape, a, keys.end)};
-          continue;
-        }
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int past = kRun - 1 - 2 * (lane_id() % 4) - e;
-          runs[r][e] = {bits_of(shape, a, keys.begin + past), bits_of(shape, a, keys.end + past)};
-        }
+      for (int a = 0; a < kAxes; before += shape.queries[a++]) {
+        const int step = step_of_row(shape, consumer, lane_row(r), a);
+        at[r][a] = before + (a < kAxes - 1 ? step : 4 * step + lane_id() % 4);
       }
     }
   }
 
-  // The words of a tile.
-  __device__ __forceinline__ void words_of(const KeyBox& box, const Shape& shape,
-                                           uint32_t (&words)[kLaneRows][2]) const {
-    const auto pattern = [&](const Span& seen, int a) {
-      const uint32_t bits = bits_between(seen.begin - box.bit[a], seen.end - box.bit[a]);
-      return (bits & shape.period[a]) * shape.repeat[a];
-    };
+  template <int kQueries>
+  __device__ __forceinline__ void read(const TileMask<kQueries>& mask,
+                                       uint32_t (&words)[kLaneRows]) const {
 #pragma unroll
     for (int r = 0; r < kLaneRows; ++r) {
-      const uint32_t planes = pattern(rows[r][0], 0) & pattern(rows[r][1], 1);
-#pragma unroll
-      for (int e = 0; e < 2; ++e) words[r][e] = planes & pattern(runs[r][e], 2);
+      words[r] = mask.words[at[r][0]] & mask.words[at[r][1]] & mask.words[at[r][2]];
     }
   }
 };
 
+// Whether a query, or a step of the block's queries along each axis, sees any key.
+template <int kQueries>
+__device__ __forceinline__ bool sees_any(const Plan<kQueries>& plan, const Shape& shape,
+                                         const int (&step)[kAxes]) {
+  const Span* axis = plan.seen;
+  bool result = true;
+#pragma unroll
+  for (int a = 0; a < kAxes; axis += shape.queries[a++]) {
+    result = result && axis[step[a]].begin < axis[step[a]].end;
+  }
+  return result;
+}
+
 // Logits of keys that a query does not see become -inf.
 template <int kCount>
-__device__ __forceinline__ void apply_mask(float (&s)[kCount],
-                                           const uint32_t (&words)[kLaneRows][2]) {
+__device__ __forceinline__ void apply_mask(float (&s)[kCount], const uint32_t (&words)[kLaneRows]) {
 #pragma unroll
   for (int r = 0; r < kLaneRows; ++r) {
 #pragma unroll
@@ -91,7 +114,7 @@ __device__ __forceinline__ void apply_mask(float (&s)[kCount],
 #pragma unroll
       for (int run = 0; run < kCount / 4; ++run) {
         float& x = s[4 * run + 2 * r + e];
-        x = words[r][e] & 1u << run ? x : -INFINITY;
+        x = words[r] & 1u << (e * kHalfWord + run) ? x : -INFINITY;
       }
     }
   }
@@ -101,16 +124,13 @@ __device__ __forceinline__ void apply_mask(float (&s)[kCount],
 // anything, and 0 times NaN is NaN. All threads of a warpgroup; each does it for itself.
 template <typename Config, int kQueries>
 __device__ __noinline__ void clear_missing_values(unsigned char* values, const Plan<kQueries>& plan,
-                                                  const Shape& shape, const KeyBox& box,
+                                                  const Shape& shape, const int (&first_key)[kAxes],
                                                   int barrier) {
   using Row = typename Config::ValueRow;
   constexpr int kUnits = Row::kChunkBytes / 16;
   const auto thread = static_cast<int>(threadIdx.x) % kWarpgroup;
   int left[kAxes];  // existing keys, from the tile's first
-  for (int a = 0; a < kAxes; ++a) {
-    const int begin = a == kAxes - 1 ? box.bit[a] * kRun : box.bit[a] / shape.stride[a];
-    left[a] = plan.existing[a] - begin;
-  }
+  for (int a = 0; a < kAxes; ++a) left[a] = plan.existing[a] - first_key[a];
   for (int i = thread; i < Config::kKeys * kUnits; i += kWarpgroup) {
     const int key = i / kUnits;
     const int x = key % shape.keys[2], y = key / shape.keys[2] % shape.keys[1];

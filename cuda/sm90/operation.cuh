@@ -59,7 +59,7 @@ cudaError_t launch(cudaStream_t stream, const ForwardArrays<typename Config::Ele
   }
   const auto* kernel = reinterpret_cast<const void*>(&forward_kernel<Config>);
   constexpr size_t kBytes = sizeof(Shared<Config>);
-  static_assert(kBytes <= 227 * 1024 / Config::kBlocks - 1024 * (Config::kBlocks > 1));
+  static_assert(kBytes <= Config::kMostBytes);
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;

@@ -52,14 +52,13 @@ struct Producer {
   const Problem<kAxes>& problem;
   const typename Config::Shape& shape;
   Cursor<Config::kStages> stage;
-  Cursor<Shared<Config>::kBoxes> boxes;
 
-  // All chunks of the rows of a head.
+  // All chunks of the rows of a head, which `full` is told to expect. One thread.
   template <typename Row, int kRowCount>
   __device__ __forceinline__ void load(unsigned char* to, const CUtensorMap* map,
                                        const Channels& channels, Barrier& full, int head,
                                        const int (&at)[kAxes], int sample) {
-    full.arrive_expecting(kRowCount * Row::kBytes);
+    full.expect(kRowCount * Row::kBytes);
 #pragma unroll
     for (int chunk = 0; chunk < Row::kChunks; ++chunk) {
       load_box(shared_address(to) + chunk * kRowCount * Row::kChunkBytes, map, &full,
@@ -79,76 +78,92 @@ struct Producer {
       }
       Handover& queries = shared.queries[consumer];
       queries.free.wait(parity ^ 1);
+      if (lane_id() > 0) continue;
       load<KeyRow, kRows>(shared.q[consumer], &maps.q, maps.keys, queries.full, plan.head, at,
                           plan.sample);
+      queries.full.arrive();
     }
   }
 
-  // A tile of keys and its values; what `between` loads comes between them.
+  // A tile of keys, its mask and its values; what `between` loads comes before these.
   template <typename Plan, typename Between>
-  __device__ __forceinline__ void load_keys(const Plan& plan, int z, int y, int x,
+  __device__ __forceinline__ void load_keys(const Plan& plan, int z, int y, int x, bool masked,
                                             Between&& between) {
-    const int tile[kAxes] = {z, y, x};
-    int at[kAxes];
-    Handover& keys = shared.keys[stage.place];
-    Handover& values = shared.values[stage.place];
-    keys.free.wait(stage.parity ^ 1);
+    const bool loads = lane_id() == 0;
+    const int place = stage.place, tile[kAxes] = {z, y, x};
+    int begin[kAxes], at[kAxes];
 #pragma unroll
     for (int a = 0; a < kAxes; ++a) {
-      const int begin = tile[a] * shape.keys[a];
-      shared.box[boxes.place].bit[a] = bits_of(shape, a, begin);
-      at[a] = plan.key[a] + begin * static_cast<int>(problem.window[a].dilation);
+      begin[a] = tile[a] * shape.keys[a];
+      at[a] = plan.key[a] + begin[a] * static_cast<int>(problem.window[a].dilation);
     }
-    if constexpr (Config::kHasBias) {
-      shared.box[boxes.place].bias = first_bias(plan, problem, shape, tile);
+    Handover& keys = shared.keys[place];
+    keys.free.wait(stage.parity ^ 1);
+    if (loads) {
+      load<KeyRow, Config::kKeys>(shared.k[place], &maps.k, maps.keys, keys.full, plan.kv_head, at,
+                                  plan.sample);
+      if constexpr (Config::kHasBias) {
+        shared.first_bias[place] = first_bias(plan, problem, shape, tile);
+      }
     }
-    load<KeyRow, Config::kKeys>(shared.k[stage.place], &maps.k, maps.keys, keys.full, plan.kv_head,
-                                at, plan.sample);
     between();
+    if (masked) write_mask(shared.mask[place], plan, shape, begin);
+    keys.full.arrive();
+    Handover& values = shared.values[place];
     values.free.wait(stage.parity ^ 1);
-    load<ValueRow, Config::kKeys>(shared.v[stage.place], &maps.v, maps.values, values.full,
-                                  plan.kv_head, at, plan.sample);
+    if (loads) {
+      load<ValueRow, Config::kKeys>(shared.v[place], &maps.v, maps.values, values.full,
+                                    plan.kv_head, at, plan.sample);
+      for (int a = 0; a < kAxes; ++a) shared.first_key[place][a] = begin[a];
+      values.full.arrive();
+    }
     stage.advance();
-    boxes.advance();
   }
 
   // First the tiles that need a mask, then those that every query sees whole. The place of keys is
   // free before that of queries, so the queries come after the first keys.
   template <typename Plan>
-  __device__ __forceinline__ void load_all(const Plan& plan, uint32_t parity) {
+  __device__ __forceinline__ void load_all(const Plan& plan, Barrier& windows, uint32_t parity,
+                                           uint32_t plan_parity) {
     bool has_queries = false;
     const auto bring_queries = [&] {
-      if (!has_queries) load_queries(plan, parity);
+      if (has_queries) return;
+      load_queries(plan, parity);
+      windows.wait(plan_parity);
       has_queries = true;
     };
     for (int z = 0; z < plan.tiles[0]; ++z) {
       for (int y = 0; y < plan.tiles[1]; ++y) {
         for (int x = 0; x < plan.tiles[2]; ++x) {
-          if (!plan.is_inner(z, y, x)) load_keys(plan, z, y, x, bring_queries);
+          if (!plan.is_inner(z, y, x)) load_keys(plan, z, y, x, true, bring_queries);
         }
       }
     }
     for (int z = plan.inner[0].begin; z < plan.inner[0].end; ++z) {
       for (int y = plan.inner[1].begin; y < plan.inner[1].end; ++y) {
         for (int x = plan.inner[2].begin; x < plan.inner[2].end; ++x) {
-          load_keys(plan, z, y, x, bring_queries);
+          load_keys(plan, z, y, x, false, bring_queries);
         }
       }
     }
     bring_queries();
   }
 
+  // All lanes of a warp.
   __device__ void run(const QueryTiles& tiles) {
-    prefetch(&maps.q);
-    prefetch(&maps.k);
-    prefetch(&maps.v);
+    if (lane_id() == 0) {
+      prefetch(&maps.q);
+      prefetch(&maps.k);
+      prefetch(&maps.v);
+    }
     Cursor<2> plans;
     uint32_t parity = 0;
     tiles.for_each([&](unsigned) {
       Handover& handover = shared.plans[plans.place];
       handover.full.wait(plans.parity);
-      load_all(shared.plan[plans.place], parity);
-      handover.free.arrive();
+      load_all(shared.plan[plans.place], shared.windows[plans.place], parity, plans.parity);
+      __syncwarp();
+      if (lane_id() == 0) handover.free.arrive();
       plans.advance();
       parity ^= 1;
     });

@@ -28,9 +28,10 @@ struct Barrier {
   __device__ __forceinline__ void arrive() {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(this)) : "memory");
   }
-  __device__ __forceinline__ void arrive_expecting(uint32_t bytes) {
+  // So many bytes in this phase.
+  __device__ __forceinline__ void expect(uint32_t bytes) {
     asm volatile(
-        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(this)),
+        "mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(this)),
         "r"(bytes)
         : "memory");
   }

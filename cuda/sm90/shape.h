@@ -13,7 +13,8 @@
 namespace jax_natten::sm90 {
 
 inline constexpr int kLogRows = 6;  // a consumer has 64 queries
-inline constexpr int kRun = 8;      // keys of a tile come in runs of 8 along the last axis
+inline constexpr int kLogRun = 3;   // keys of a tile come in runs of 8 along the last axis
+inline constexpr int kRun = 1 << kLogRun;
 inline constexpr int kMostConsumers = 3;
 
 struct Shape {
@@ -23,21 +24,15 @@ struct Shape {
   int queries[kAxes];      // a block's box of queries
   int keys[kAxes];         // a tile of keys
   int query_tiles[kAxes];  // blocks along a dilation group
-  // A mask has a bit for each run of a tile. Bits of neighbors on an axis are `stride` apart; the
-  // pattern of an axis is that of its `period` bits, times `repeat` for all of the tile.
+  // A mask has a bit for each run of a tile, in each half of a word. Bits of neighbors on an axis
+  // are `stride` apart; the pattern of an axis is that of its `period` bits, times `repeat` for all
+  // of the tile; of the last axis it differs from half to half, and is of one.
   int stride[kAxes];
   uint32_t period[kAxes];
   uint32_t repeat[kAxes];
   float scale;  // of the logits
   double cost;  // of all blocks of a head
 };
-
-// So many keys along an axis, not fewer than none, in bits of masks.
-constexpr JAX_NATTEN_HOST_DEVICE int bits_of(const Shape& shape, int axis, int keys) {
-  constexpr unsigned kKeys = kRun;
-  return axis == kAxes - 1 ? static_cast<int>(static_cast<unsigned>(keys) / kKeys)
-                           : keys * shape.stride[axis];
-}
 
 // What a multiprocessor takes, in cycles: for a block, for a tile of keys that some of its queries
 // see in part, and for one that all of them see whole.
@@ -152,15 +147,17 @@ class KnownBlocks {
 // Bits of masks: see Shape.
 inline void finish_masks(Shape& shape) {
   const int runs = shape.keys[2] / kRun, rows = shape.keys[1], planes = shape.keys[0];
-  const auto ones = [](int count) { return count >= 32 ? ~0u : (1u << count) - 1; };
+  const auto ones = [](int count) { return (1u << count) - 1; };
   const auto every = [](int stride, int count) {
     uint32_t bits = 0;
     for (int i = 0; i < count; ++i) bits |= 1u << (i * stride);
     return bits;
   };
   const int stride[kAxes] = {runs * rows, runs, 1};
-  const uint32_t period[kAxes] = {~0u, ones(runs * rows), ones(runs)};
-  const uint32_t repeat[kAxes] = {1, every(runs * rows, planes), every(runs, rows * planes)};
+  const uint32_t period[kAxes] = {ones(runs * rows * planes), ones(runs * rows), ones(runs)};
+  constexpr uint32_t kBothHalves = 0x10001;
+  const uint32_t repeat[kAxes] = {kBothHalves, every(runs * rows, planes) * kBothHalves,
+                                  every(runs, rows * planes)};
   for (int a = 0; a < kAxes; ++a) {
     shape.stride[a] = stride[a];
     shape.period[a] = period[a];
