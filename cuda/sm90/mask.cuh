@@ -51,17 +51,18 @@ __device__ __forceinline__ void write_mask(TileMask<kQueries>& mask, const Plan<
                                        (keys.end - begin[a]) * shape.stride[a]);
     mask.words[i] = (bits & shape.period[a]) * shape.repeat[a];
   }
-  for (int i = lane_id(); i < 4 * shape.queries[kLast]; i += kWarp) {
-    const Span keys = plan.seen[before_last + i / 4];
+  const int of_query = lane_id() % 4, past = kRun - 1 - 2 * of_query - begin[kLast];
+#pragma unroll 4
+  for (int i = lane_id() / 4; i < shape.queries[kLast]; i += kWarp / 4) {
+    const Span keys = plan.seen[before_last + i];
     uint32_t word = 0;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const int past = kRun - 1 - 2 * (i % 4) - e - begin[kLast];
       const uint32_t bits =
-          bits_between((keys.begin + past) >> kLogRun, (keys.end + past) >> kLogRun);
+          bits_between((keys.begin + past - e) >> kLogRun, (keys.end + past - e) >> kLogRun);
       word |= (bits & shape.period[kLast]) * shape.repeat[kLast] << e * kHalfWord;
     }
-    mask.words[before_last + i] = word;
+    mask.words[before_last + 4 * i + of_query] = word;
   }
 }
 
