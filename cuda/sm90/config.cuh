@@ -36,6 +36,7 @@ struct TileMask {
   static constexpr int kWords =
       4 * kQueries + kAxes - 1;  // at most: all steps are of the last axis
   uint32_t words[kWords];
+  bool applies;  // else every query sees all of the tile
 };
 
 // kConsumers warpgroups, each of 64 queries, go together through tiles of kKeys keys that lie in

@@ -120,7 +120,7 @@ struct Consumer {
   template <typename Plan, typename AfterQueries>
   __device__ __forceinline__ void run(const Plan& plan, Softmax& softmax, float (&out)[kOutputs],
                                       AfterQueries&& after_queries) {
-    const int tiles = plan.tile_count(), rim = tiles - plan.inner_count();
+    const int tiles = plan.tile_count();
     const bool clears = plan.has_missing_keys;
     int tile = 0;
     float s[kLogits];
@@ -131,7 +131,6 @@ struct Consumer {
     const auto weigh = [&](auto masked) __attribute__((always_inline)) {
       constexpr bool kMasked = decltype(masked)::value;
       uint32_t words[kLaneRows];
-      shared.keys[key.place].full.wait(key.parity);
       if constexpr (Config::kHasBias) begin_with_biases(plan, s);
       pin(s);
       begin_products();
@@ -164,7 +163,6 @@ struct Consumer {
     const auto overlapped = [&](auto masked) __attribute__((always_inline)) {
       constexpr bool kMasked = decltype(masked)::value;
       uint32_t words[kLaneRows];
-      shared.keys[key.place].full.wait(key.parity);
       if constexpr (Config::kHasBias) begin_with_biases(plan, s);
       pin(s);
       pin(out);
@@ -189,14 +187,23 @@ struct Consumer {
       if (kMasked && clears) clear_values(plan);
     };
 
+    const auto is_masked = [&] {
+      shared.keys[key.place].full.wait(key.parity);
+      return __any_sync(kAllLanes, shared.mask[key.place].applies);
+    };
     if constexpr (Config::kOverlaps) {
-      if (rim > 0) {
+      if (is_masked()) {
         weigh(std::true_type{});
       } else {
         weigh(std::false_type{});
       }
-      for (tile = 1; tile < rim; ++tile) overlapped(std::true_type{});
-      for (; tile < tiles; ++tile) overlapped(std::false_type{});
+      for (tile = 1; tile < tiles; ++tile) {
+        if (is_masked()) {
+          overlapped(std::true_type{});
+        } else {
+          overlapped(std::false_type{});
+        }
+      }
       after_queries();
       apply_weights();
     } else {
@@ -204,8 +211,13 @@ struct Consumer {
         weigh(masked);
         apply_weights();
       };
-      for (; tile < rim; ++tile) one_by_one(std::true_type{});
-      for (; tile < tiles; ++tile) one_by_one(std::false_type{});
+      for (; tile < tiles; ++tile) {
+        if (is_masked()) {
+          one_by_one(std::true_type{});
+        } else {
+          one_by_one(std::false_type{});
+        }
+      }
       after_queries();
     }
   }

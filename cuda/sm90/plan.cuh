@@ -147,7 +147,6 @@ __device__ void plan_tiles(Plan<kQueries>& plan, const Problem<kAxes>& problem, 
     plan.has_missing_keys = has_missing_keys;
     // Where most tiles need a mask, all have one and come in their order in memory: neighboring
     // blocks then want the same keys at about the same time.
-    if (2 * plan.inner_count() < plan.tile_count()) plan.inner[0] = {0, 0};
   }
   __syncwarp();
 }

@@ -108,6 +108,7 @@ struct Producer {
     }
     between();
     if (masked) write_mask(shared.mask[place], plan, shape, begin);
+    if (loads) shared.mask[place].applies = masked;
     keys.full.arrive();
     Handover& values = shared.values[place];
     values.free.wait(stage.parity ^ 1);
@@ -135,14 +136,7 @@ struct Producer {
     for (int z = 0; z < plan.tiles[0]; ++z) {
       for (int y = 0; y < plan.tiles[1]; ++y) {
         for (int x = 0; x < plan.tiles[2]; ++x) {
-          if (!plan.is_inner(z, y, x)) load_keys(plan, z, y, x, true, bring_queries);
-        }
-      }
-    }
-    for (int z = plan.inner[0].begin; z < plan.inner[0].end; ++z) {
-      for (int y = plan.inner[1].begin; y < plan.inner[1].end; ++y) {
-        for (int x = plan.inner[2].begin; x < plan.inner[2].end; ++x) {
-          load_keys(plan, z, y, x, false, bring_queries);
+          load_keys(plan, z, y, x, !plan.is_inner(z, y, x), bring_queries);
         }
       }
     }

@@ -214,8 +214,7 @@ inline Shape choose_shape(KnownBlocks& blocks, int rank, int consumers, int keys
         if (x * y * z != runs || !fits(1, y) || !fits(0, z)) continue;
         const TileCounts of_y = axes[1]->tiles(y), of_z = axes[0]->tiles(z);
         const double tiles = of_x.all * of_y.all * of_z.all;
-        double inner = of_x.inner * of_y.inner * of_z.inner;
-        if (2 * inner < tiles) inner = 0;  // then all have a mask
+        const double inner = of_x.inner * of_y.inner * of_z.inner;
         const double cost = count * costs.block + (tiles - inner) * costs.rim + inner * costs.inner;
         // Of nearly equals the first, which has the longest rows.
         if (best.cost >= 0 && cost >= 0.995 * best.cost) continue;
