@@ -1,9 +1,9 @@
 // A consumer's way through the tiles of keys:
 //   s = q k^T (+ biases), p = the weights of s, out = out * shrink + p v.
 //
-// Tiles that need a mask come first, then those that need none. While the matrix units work on
-// p v of one tile, the warpgroup takes the exponentials of the next one's s, whose product was
-// begun before.
+// While the matrix units work on p v of one tile, the warpgroup takes the exponentials of the next
+// one's s, whose product was begun before. Whether a tile needs a mask is asked between two tiles,
+// when no product is under way.
 #pragma once
 
 #include "cuda/sm90/bias.cuh"

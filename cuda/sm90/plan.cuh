@@ -37,14 +37,13 @@ struct Plan {
   Span seen[kQueries + kAxes];
 
   __device__ __forceinline__ int tile_count() const { return tiles[0] * tiles[1] * tiles[2]; }
-  __device__ __forceinline__ int inner_count() const {
-    int count = 1;
-    for (const Span& span : inner) count *= span.end - span.begin;
-    return count;
-  }
-  __device__ __forceinline__ bool is_inner(int z, int y, int x) const {
-    return inner[0].begin <= z && z < inner[0].end && inner[1].begin <= y && y < inner[1].end &&
-           inner[2].begin <= x && x < inner[2].end;
+  __device__ __forceinline__ bool is_inner(const int (&tile)[kAxes]) const {
+    bool result = true;
+#pragma unroll
+    for (int a = 0; a < kAxes; ++a) {
+      result = result && inner[a].begin <= tile[a] && tile[a] < inner[a].end;
+    }
+    return result;
   }
 };
 
@@ -145,8 +144,6 @@ __device__ void plan_tiles(Plan<kQueries>& plan, const Problem<kAxes>& problem, 
     plan.head = head;
     plan.kv_head = head / static_cast<int>(problem.group());
     plan.has_missing_keys = has_missing_keys;
-    // Where most tiles need a mask, all have one and come in their order in memory: neighboring
-    // blocks then want the same keys at about the same time.
   }
   __syncwarp();
 }

@@ -87,10 +87,10 @@ struct Producer {
 
   // A tile of keys, its mask and its values; what `between` loads comes before these.
   template <typename Plan, typename Between>
-  __device__ __forceinline__ void load_keys(const Plan& plan, int z, int y, int x, bool masked,
+  __device__ __forceinline__ void load_keys(const Plan& plan, const int (&tile)[kAxes],
                                             Between&& between) {
-    const bool loads = lane_id() == 0;
-    const int place = stage.place, tile[kAxes] = {z, y, x};
+    const bool loads = lane_id() == 0, masked = !plan.is_inner(tile);
+    const int place = stage.place;
     int begin[kAxes], at[kAxes];
 #pragma unroll
     for (int a = 0; a < kAxes; ++a) {
@@ -121,8 +121,9 @@ struct Producer {
     stage.advance();
   }
 
-  // First the tiles that need a mask, then those that every query sees whole. The place of keys is
-  // free before that of queries, so the queries come after the first keys.
+  // All tiles of keys, in their order in memory: neighboring blocks then want the same keys at
+  // about the same time. The place of keys is free before that of queries, so the queries come
+  // after the first keys.
   template <typename Plan>
   __device__ __forceinline__ void load_all(const Plan& plan, Barrier& windows, uint32_t parity,
                                            uint32_t plan_parity) {
@@ -136,7 +137,7 @@ struct Producer {
     for (int z = 0; z < plan.tiles[0]; ++z) {
       for (int y = 0; y < plan.tiles[1]; ++y) {
         for (int x = 0; x < plan.tiles[2]; ++x) {
-          load_keys(plan, z, y, x, !plan.is_inner(z, y, x), bring_queries);
+          load_keys(plan, {z, y, x}, bring_queries);
         }
       }
     }
