@@ -61,12 +61,13 @@ struct Config {
   static constexpr int kKeyBytes = kKeys * KeyRow::kBytes;  // of a stage
   static constexpr int kValueBytes = kKeys * ValueRow::kBytes;
 
-  // The helpers follow the consumers: two warps, in a warpgroup of their own where consumers need
-  // the registers that helpers can give.
+  // The helpers follow the consumers: two warps, or, where consumers need the registers that
+  // helpers can give, a warpgroup of their own, in which a third warp writes the masks.
   static constexpr bool kMovesRegisters = kConsumers > 1;
   static constexpr int kHelpers = kMovesRegisters ? kWarpgroup : 2 * kWarp;
+  static constexpr bool kHasMaskWriter = kMovesRegisters;
   static constexpr int kThreads = kWarpgroup * kConsumers + kHelpers;
-  static constexpr int kHelperRegisters = kConsumers == 2 ? 40 : 32;
+  static constexpr int kHelperRegisters = kConsumers == 2 ? 48 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
 
   static constexpr int kQueries = kConsumers * kRows;
@@ -123,7 +124,8 @@ struct Shared {
   __device__ void init_barriers() {
     for (Handover& plan : plans) {
       plan.full.init(kWarp);
-      plan.free.init(1 + 4 * Config::kConsumers);  // the producer and every consuming warp
+      // The producer, the mask writer and every consuming warp.
+      plan.free.init(1 + Config::kHasMaskWriter + 4 * Config::kConsumers);
     }
     for (Barrier& window : windows) window.init(kWarp);
     for (Handover& query : queries) {
@@ -131,7 +133,7 @@ struct Shared {
       query.free.init(1);
     }
     for (int i = 0; i < kStages; ++i) {
-      keys[i].full.init(kWarp);
+      keys[i].full.init(kWarp * (1 + Config::kHasMaskWriter));
       values[i].full.init(1);
       keys[i].free.init(4 * Config::kConsumers);  // every consuming warp
       values[i].free.init(4 * Config::kConsumers);

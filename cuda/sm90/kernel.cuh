@@ -66,6 +66,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
       run_planner(shared, problem, shape, tiles);
     } else if (helper < 2 * kWarp) {
       Producer<Config>{shared, maps, problem, shape, {}}.run(tiles);
+    } else if (Config::kHasMaskWriter && helper < 3 * kWarp) {
+      run_mask_writer(shared, problem, shape, tiles);
     }
   }
 }

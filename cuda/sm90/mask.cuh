@@ -29,43 +29,6 @@ __device__ __forceinline__ int step_of_row(const Shape& shape, int consumer, int
   return within + (axis == shape.consumers_axis ? consumer << shape.log_rows[axis] : 0);
 }
 
-// Bits [begin, end) of 32, an interval that may reach beyond them.
-__device__ __forceinline__ uint32_t bits_between(int begin, int end) {
-  uint32_t from_begin, from_end;
-  asm("shl.b32 %0, -1, %1;" : "=r"(from_begin) : "r"(max(begin, 0)));  // clamps at 32
-  asm("shl.b32 %0, -1, %1;" : "=r"(from_end) : "r"(max(end, 0)));
-  return from_begin & ~from_end;
-}
-
-// Writes what the steps of a block's queries see of a tile that begins at the given keys, which are
-// counted from the first that they see. All lanes of a warp.
-template <int kQueries>
-__device__ __forceinline__ void write_mask(TileMask<kQueries>& mask, const Plan<kQueries>& plan,
-                                           const Shape& shape, const int (&begin)[kAxes]) {
-  constexpr int kLast = kAxes - 1;
-  const int planes = shape.queries[0], before_last = planes + shape.queries[1];
-  for (int i = lane_id(); i < before_last; i += kWarp) {
-    const int a = i < planes ? 0 : 1;
-    const Span keys = plan.seen[i];
-    const uint32_t bits = bits_between((keys.begin - begin[a]) * shape.stride[a],
-                                       (keys.end - begin[a]) * shape.stride[a]);
-    mask.words[i] = (bits & shape.period[a]) * shape.repeat[a];
-  }
-  const int of_query = lane_id() % 4, past = kRun - 1 - 2 * of_query - begin[kLast];
-#pragma unroll 4
-  for (int i = lane_id() / 4; i < shape.queries[kLast]; i += kWarp / 4) {
-    const Span keys = plan.seen[before_last + i];
-    uint32_t word = 0;
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const uint32_t bits =
-          bits_between((keys.begin + past - e) >> kLogRun, (keys.end + past - e) >> kLogRun);
-      word |= (bits & shape.period[kLast]) * shape.repeat[kLast] << e * kHalfWord;
-    }
-    mask.words[before_last + 4 * i + of_query] = word;
-  }
-}
-
 // Where a lane finds what its queries see.
 struct LaneMask {
   int at[kLaneRows][kAxes];  // words of a tile's mask

@@ -37,6 +37,15 @@ struct Plan {
   Span seen[kQueries + kAxes];
 
   __device__ __forceinline__ int tile_count() const { return tiles[0] * tiles[1] * tiles[2]; }
+  // In their order in memory: neighboring blocks then want the same keys at about the same time.
+  template <typename Visit>
+  __device__ __forceinline__ void for_each_tile(Visit&& visit) const {
+    for (int z = 0; z < tiles[0]; ++z) {
+      for (int y = 0; y < tiles[1]; ++y) {
+        for (int x = 0; x < tiles[2]; ++x) visit({z, y, x});
+      }
+    }
+  }
   __device__ __forceinline__ bool is_inner(const int (&tile)[kAxes]) const {
     bool result = true;
 #pragma unroll

@@ -1,9 +1,9 @@
-// The warps that bring what the consumers work on: one plans tiles of queries ahead, and one thread
-// has the copy engine load the queries and the tiles of keys and values.
+// The warps that bring what the consumers work on: one plans tiles of queries ahead, and one has
+// the copy engine load the queries and the tiles of keys and values. It writes the masks of the
+// tiles too, unless a third warp is there to do so.
 #pragma once
 
-#include "cuda/sm90/bias.cuh"
-#include "cuda/sm90/config.cuh"
+#include "cuda/sm90/mask_writer.cuh"
 #include "cuda/sm90/tensor_map.h"
 
 namespace jax_natten::sm90 {
@@ -85,11 +85,11 @@ struct Producer {
     }
   }
 
-  // A tile of keys, its mask and its values; what `between` loads comes before these.
+  // A tile of keys and its values; what is `between` comes between them.
   template <typename Plan, typename Between>
   __device__ __forceinline__ void load_keys(const Plan& plan, const int (&tile)[kAxes],
                                             Between&& between) {
-    const bool loads = lane_id() == 0, masked = !plan.is_inner(tile);
+    const bool loads = lane_id() == 0;
     const int place = stage.place;
     int begin[kAxes], at[kAxes];
 #pragma unroll
@@ -102,13 +102,8 @@ struct Producer {
     if (loads) {
       load<KeyRow, Config::kKeys>(shared.k[place], &maps.k, maps.keys, keys.full, plan.kv_head, at,
                                   plan.sample);
-      if constexpr (Config::kHasBias) {
-        shared.first_bias[place] = first_bias(plan, problem, shape, tile);
-      }
     }
     between();
-    if (masked) write_mask(shared.mask[place], plan, shape, begin);
-    if (loads) shared.mask[place].applies = masked;
     keys.full.arrive();
     Handover& values = shared.values[place];
     values.free.wait(stage.parity ^ 1);
@@ -121,27 +116,30 @@ struct Producer {
     stage.advance();
   }
 
-  // All tiles of keys, in their order in memory: neighboring blocks then want the same keys at
-  // about the same time. The place of keys is free before that of queries, so the queries come
-  // after the first keys.
+  // The place of keys is free before that of queries, so the queries come after the first keys.
   template <typename Plan>
-  __device__ __forceinline__ void load_all(const Plan& plan, Barrier& windows, uint32_t parity,
-                                           uint32_t plan_parity) {
-    bool has_queries = false;
-    const auto bring_queries = [&] {
-      if (has_queries) return;
+  __device__ __forceinline__ void load_all(const Plan& plan, Barrier& windows, uint32_t plan_parity,
+                                           uint32_t parity) {
+    bool is_first = true;
+    MaskWriter<Config> writer;
+    const auto begin = [&] {
+      if (!is_first) return;
       load_queries(plan, parity);
-      windows.wait(plan_parity);
-      has_queries = true;
-    };
-    for (int z = 0; z < plan.tiles[0]; ++z) {
-      for (int y = 0; y < plan.tiles[1]; ++y) {
-        for (int x = 0; x < plan.tiles[2]; ++x) {
-          load_keys(plan, {z, y, x}, bring_queries);
-        }
+      if constexpr (!Config::kHasMaskWriter) {
+        windows.wait(plan_parity);
+        writer.begin(plan, shape);
       }
-    }
-    bring_queries();
+      is_first = false;
+    };
+    plan.for_each_tile([&](const int (&tile)[kAxes]) {
+      load_keys(plan, tile, [&] {
+        begin();
+        if constexpr (!Config::kHasMaskWriter) {
+          writer.write(shared, stage.place, plan, problem, shape, tile);
+        }
+      });
+    });
+    begin();
   }
 
   // All lanes of a warp.
@@ -156,7 +154,7 @@ struct Producer {
     tiles.for_each([&](unsigned) {
       Handover& handover = shared.plans[plans.place];
       handover.full.wait(plans.parity);
-      load_all(shared.plan[plans.place], shared.windows[plans.place], parity, plans.parity);
+      load_all(shared.plan[plans.place], shared.windows[plans.place], plans.parity, parity);
       __syncwarp();
       if (lane_id() == 0) handover.free.arrive();
       plans.advance();
@@ -164,5 +162,29 @@ struct Producer {
     });
   }
 };
+
+// Writes the masks of all tiles. All lanes of a warp.
+template <typename Config>
+__device__ void run_mask_writer(Shared<Config>& shared, const Problem<kAxes>& problem,
+                                const typename Config::Shape& shape, const QueryTiles& tiles) {
+  Cursor<2> plans;
+  Cursor<Config::kStages> stage;
+  tiles.for_each([&](unsigned) {
+    shared.windows[plans.place].wait(plans.parity);
+    const auto& plan = shared.plan[plans.place];
+    MaskWriter<Config> writer;
+    writer.begin(plan, shape);
+    plan.for_each_tile([&](const int (&tile)[kAxes]) {
+      Handover& keys = shared.keys[stage.place];
+      keys.free.wait(stage.parity ^ 1);
+      writer.write(shared, stage.place, plan, problem, shape, tile);
+      keys.full.arrive();
+      stage.advance();
+    });
+    __syncwarp();
+    if (lane_id() == 0) shared.plans[plans.place].free.arrive();
+    plans.advance();
+  });
+}
 
 }  // namespace jax_natten::sm90
