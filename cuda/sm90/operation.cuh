@@ -64,13 +64,18 @@ cudaError_t launch(cudaStream_t stream, const ForwardArrays<typename Config::Ele
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
   // So many tiles for a block that its beginning and end are little of its time, yet not so many
-  // that processors wait for the last blocks.
-  constexpr double kBlockCycles = 300e3;
+  // that processors wait for the last blocks; fewer where the cache, whose near half a processor
+  // reads fast, does not hold a head's keys, so that blocks which drift apart would load them
+  // again.
+  const int64_t head_bytes = problem.key_shape[0] * problem.key_shape[1] * problem.key_shape[2] *
+                             (problem.dim + problem.value_dim) * sizeof(Element);
+  const bool may_drift = 2 * head_bytes <= attribute(cudaDevAttrL2CacheSize);
+  const double block_cycles = may_drift ? 900e3 : 300e3;
   const int64_t resident = int64_t{Config::kBlocks} * attribute(cudaDevAttrMultiProcessorCount);
   const double cycles = shape.cost * static_cast<double>(problem.samples * problem.heads) *
                         Config::kBlocks / static_cast<double>(count);
   const int64_t per_block = geometry::max(
-      1, geometry::min(static_cast<int64_t>(kBlockCycles / cycles), count / resident));
+      1, geometry::min(static_cast<int64_t>(block_cycles / cycles), count / resident));
   const int64_t groups = geometry::ceil_div(count, resident * per_block);
   QueryTiles tiles{static_cast<unsigned>(count), static_cast<unsigned>(per_block),
                    static_cast<unsigned>(resident)};
