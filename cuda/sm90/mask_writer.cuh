@@ -29,8 +29,9 @@ struct MaskWriter {
     planes = shape.queries[0];
     before_last = planes + shape.queries[1];
     axis = lane_id() < planes ? 0 : 1;
-    own = bits_of(plan, shape, lane_id(), axis);
-    for (int e = 0; e < 2; ++e) own_runs[e] = runs_of(plan, lane_id() / 4, e);
+    own = bits_of(plan, shape, min(lane_id(), before_last - 1), axis);
+    const int step = min(lane_id() / 4, shape.queries[kLast] - 1);
+    for (int e = 0; e < 2; ++e) own_runs[e] = runs_of(plan, step, e);
   }
 
   __device__ __forceinline__ Span bits_of(const Plan<Config::kQueries>& plan, const Shape& shape,
