@@ -67,8 +67,12 @@ struct Config {
   static constexpr int kHelpers = kMovesRegisters ? kWarpgroup : 2 * kWarp;
   static constexpr bool kHasMaskWriter = kMovesRegisters;
   static constexpr int kThreads = kWarpgroup * kConsumers + kHelpers;
-  static constexpr int kHelperRegisters = kConsumers == 2 ? 48 : 32;
+  static constexpr int kHelperRegisters = kConsumers == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
+  // A block shares out what it was launched with, and would wait for more forever.
+  static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
+  static_assert(!kMovesRegisters || kConsumers * kConsumerRegisters + kHelperRegisters <=
+                                        (kConsumers + 1) * kLaunchRegisters);
 
   static constexpr int kQueries = kConsumers * kRows;
   static constexpr int kOtherBytes =  // plans, biases, masks and barriers
