@@ -33,6 +33,8 @@ inline constexpr bool kHasSm90 = false;
 #ifdef JAX_NATTEN_HAS_SM90
 template <>
 inline constexpr bool kHasSm90<ForwardOperands> = true;
+template <>
+inline constexpr bool kHasSm90<BackwardOperands> = true;
 #endif
 
 template <template <typename, int> class Operands, typename Element, int Rank>

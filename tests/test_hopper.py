@@ -36,7 +36,7 @@ def on_hopper(test):
     return test
 
 
-def serves(problem: Problem) -> bool:
+def serves(problem: Problem, is_backward: bool = False) -> bool:
     """Whether the dispatcher takes these kernels for a problem of half types."""
     window = make_window(
         problem.rank, problem.kernel_size, problem.stride, problem.dilation, problem.is_causal, problem.border
@@ -45,7 +45,8 @@ def serves(problem: Problem) -> bool:
     scale = problem.dim**-0.5 if problem.scale is None else problem.scale
     axes = (window.kernel_size, window.stride, window.dilation, window.is_causal)
     sizes = (problem.batch, dim, value_dim)
-    return _cuda.hopper_serves(problem.spatial, problem.spatial, *map(list, axes), *sizes, scale, problem.rpb)
+    shapes = (problem.spatial, problem.spatial)
+    return _cuda.hopper_serves(*shapes, *map(list, axes), *sizes, scale, problem.rpb, is_backward)
 
 
 # ---- what is served
@@ -105,15 +106,21 @@ def count(size: int, part: int) -> int:
     return (size + part - 1) // part
 
 
-def tiles_of(size: int, window: tuple, queries: int, keys: int) -> tuple[int, int]:
-    """Tiles of keys that blocks of queries visit, and those that every query of the block sees whole."""
+def tiles_of(size: int, window: tuple, queries: int, keys: int, rows_are_keys: bool = False) -> tuple[int, int]:
+    """Tiles of keys that blocks of queries visit, and those that every query of the block sees whole.
+
+    Or the same of queries that blocks of keys visit, those whose windows hold a key.
+    """
     dilation = window[2]
+    seen_by = {row: sorted(key for key, _ in axis_keys(row, size, *window).values()) for row in range(size)}
+    if rows_are_keys:
+        seen_by = {key: [query for query in range(size) if key in seen_by[query]] for key in range(size)}
     visited = inner = 0
     for group in range(min(dilation, size)):
         rows = list(range(group, size, dilation))
         for begin in range(0, count(size, dilation), queries):
             block = rows[begin : begin + queries]
-            seen = [sorted(key for key, _ in axis_keys(row, size, *window).values()) for row in block]
+            seen = [seen_by[row] for row in block]
             if not seen:
                 continue
             first, last = seen[0][0], max(s[-1] for s in seen)
@@ -129,8 +136,10 @@ def test_tiles(window):
     """Exact for as many blocks as are looked at, in groups of one length."""
     for size, queries, keys in itertools.product((window[0] * window[2], 60), (1, 4, 16, 24), (1, 2, 8, 16)):
         if size // window[2] // queries <= 31:
-            expected = tiles_of(size, window, queries, keys)
-            assert _cuda.hopper_tiles(size, size, *window, queries, keys) == expected, (size, queries, keys)
+            for rows_are_keys in (False, True):
+                expected = tiles_of(size, window, queries, keys, rows_are_keys)
+                actual = _cuda.hopper_tiles(size, size, *window, queries, keys, rows_are_keys)
+                assert actual == expected, (size, queries, keys, rows_are_keys)
 
 
 SHAPES = [

@@ -70,7 +70,7 @@ inline bool serves(const Kernel& kernel, const Problem<kAxes>& problem, bool has
 inline Choice choose(const Problem<kAxes>& problem, int rank, bool has_bias) {
   Choice best{-1, {}};
   if (!can_serve(problem, rank, has_bias)) return best;
-  KnownBlocks blocks(problem);
+  KnownBlocks<> blocks(problem);
   int least = std::numeric_limits<int>::max();  // channels of keys and values
   for (int i = 0; i < kKernelCount; ++i) {
     const Kernel& kernel = kKernels[i];

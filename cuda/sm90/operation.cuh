@@ -3,28 +3,13 @@
 
 #include <utility>
 
+#include "cuda/sm90/backward_operation.cuh"
 #include "cuda/sm90/choices.h"
 #include "cuda/sm90/kernel.cuh"
+#include "cuda/sm90/launch.cuh"
 #include "cuda/sm90/sm90.h"
 
 namespace jax_natten::sm90 {
-
-inline int attribute(cudaDeviceAttr which) {
-  int device = 0, value = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  return cudaDeviceGetAttribute(&value, which, device) == cudaSuccess ? value : 0;
-}
-
-// Code for sm_90a runs on compute capability 9.0 alone.
-inline bool is_hopper() {
-  return attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
-         attribute(cudaDevAttrComputeCapabilityMinor) == 0;
-}
-
-template <typename Row>
-Channels channels(int64_t dim) {
-  return {static_cast<int>(dim), dim != Row::kDim};
-}
 
 template <typename Config>
 cudaError_t launch(cudaStream_t stream, const ForwardArrays<typename Config::Element>& arrays,
@@ -63,22 +48,7 @@ cudaError_t launch(cudaStream_t stream, const ForwardArrays<typename Config::Ele
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
-  // So many tiles for a block that its beginning and end are little of its time, yet not so many
-  // that processors wait for the last blocks; fewer where the cache, whose near half a processor
-  // reads fast, does not hold a head's keys, so that blocks which drift apart would load them
-  // again.
-  const int64_t head_bytes = problem.key_shape[0] * problem.key_shape[1] * problem.key_shape[2] *
-                             (problem.dim + problem.value_dim) * sizeof(Element);
-  const bool may_drift = 2 * head_bytes <= attribute(cudaDevAttrL2CacheSize);
-  const double block_cycles = may_drift ? 900e3 : 300e3;
-  const int64_t resident = int64_t{Config::kBlocks} * attribute(cudaDevAttrMultiProcessorCount);
-  const double cycles = shape.cost * static_cast<double>(problem.samples * problem.heads) *
-                        Config::kBlocks / static_cast<double>(count);
-  const int64_t per_block = geometry::max(
-      1, geometry::min(static_cast<int64_t>(block_cycles / cycles), count / resident));
-  const int64_t groups = geometry::ceil_div(count, resident * per_block);
-  QueryTiles tiles{static_cast<unsigned>(count), static_cast<unsigned>(per_block),
-                   static_cast<unsigned>(resident)};
+  QueryTiles tiles = schedule<Side::kQueries>(problem, shape, count, Config::kBlocks);
   Tensor<float> lse = arrays.lse;
   Problem<kAxes> parameter = problem;
   typename Config::Shape shape_parameter;
@@ -88,8 +58,8 @@ cudaError_t launch(cudaStream_t stream, const ForwardArrays<typename Config::Ele
     shape_parameter = shape;
   }
   void* arguments[] = {&maps, &lse, &parameter, &shape_parameter, &tiles};
-  return cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(groups * resident)),
-                          dim3(Config::kThreads), arguments, kBytes, stream);
+  return cudaLaunchKernel(kernel, dim3(tiles.blocks()), dim3(Config::kThreads), arguments, kBytes,
+                          stream);
 }
 
 template <typename Element, int kIndex>

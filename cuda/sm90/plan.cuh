@@ -5,6 +5,9 @@
 // the keys that a box of queries sees together are a box, from where that of the first query begins
 // to where that of the last ends, and those that all see lie from where the last begins to where
 // the first ends.
+//
+// All this is true of a box of keys and the queries that see them, too. Where a kernel's rows are
+// keys, for their gradients, keys are called queries here, and queries keys.
 #pragma once
 
 #include <cstdint>
@@ -57,35 +60,44 @@ struct Plan {
 };
 
 // Tiles of queries of all samples and heads.
-inline int64_t count_query_tiles(const Problem<kAxes>& problem, const Shape& shape) {
-  int64_t result = problem.samples * problem.heads;
+template <Side kRows = Side::kQueries>
+int64_t count_query_tiles(const Problem<kAxes>& problem, const Shape& shape) {
+  int64_t result = problem.samples * row_heads<kRows>(problem);
   for (int a = 0; a < kAxes; ++a) {
-    result *= shape.query_tiles[a] * row_groups<Side::kQueries>(problem, a);
+    result *= shape.query_tiles[a] * row_groups<kRows>(problem, a);
   }
   return result;
 }
 
-// The queries of a block along one axis, as positions of a dilation group.
-struct AxisQueries {
+// The rows of a block along one axis, as positions of a dilation group.
+template <Side kRows>
+struct AxisRows {
+  static constexpr bool kAreKeys = kRows == Side::kKeys;
   AxisWindow window;
   AxisFrame frame;
-  geometry::Location first;    // of the block's box
-  geometry::Interval present;  // those of the box that exist
+  int64_t origin, count;                // of the rows
+  int64_t column_origin, column_count;  // and of the columns
+  geometry::Location first;             // of the block's box
+  geometry::Interval present;           // those of the box that exist
 
-  __device__ AxisQueries(const Problem<kAxes>& problem, const Shape& shape, int sample, int axis,
-                         int index)
+  __device__ AxisRows(const Problem<kAxes>& problem, const Shape& shape, int sample, int axis,
+                      int index)
       : window(problem.window[axis]),
         frame(frame_of(problem, shape.rank, sample, axis)),
-        first(geometry::locate(window, frame.extent, frame.query_origin + index)) {
-    present = geometry::existing(window, first.group, frame.query_origin, frame.query_count);
+        origin(kAreKeys ? frame.key_origin : frame.query_origin),
+        count(kAreKeys ? frame.key_count : frame.query_count),
+        column_origin(kAreKeys ? frame.query_origin : frame.key_origin),
+        column_count(kAreKeys ? frame.query_count : frame.key_count),
+        first(geometry::locate(window, frame.extent, origin + index)) {
+    present = geometry::existing(window, first.group, origin, count);
     present = geometry::intersect(present, {0, first.length});
     present = geometry::intersect(present,
                                   {first.position, first.position + int64_t{shape.queries[axis]}});
   }
 
-  // The keys that the query of a position sees.
-  __device__ geometry::Interval keys(int64_t position) const {
-    return geometry::keys_seen(window, frame, {first.group, position, first.length});
+  // The columns that the row of a position sees.
+  __device__ geometry::Interval seen(int64_t position) const {
+    return columns_seen<kRows>(window, frame, {first.group, position, first.length});
   }
 };
 
@@ -97,7 +109,7 @@ struct AxisQueries {
 // other along the first axis: those that begin at neighboring planes then run at once, and read
 // each plane at about the same time. Small ones read little more than their queries, and follow
 // each other as those lie in memory.
-template <int kQueries>
+template <Side kRows = Side::kQueries, int kQueries>
 __device__ void plan_tiles(Plan<kQueries>& plan, const Problem<kAxes>& problem, const Shape& shape,
                            unsigned number) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -112,16 +124,17 @@ __device__ void plan_tiles(Plan<kQueries>& plan, const Problem<kAxes>& problem, 
   }
   index *= static_cast<int>(problem.window[axis].dilation);
   for (int a = kAxes - 1; a >= 0; --a) {
-    const auto groups = static_cast<unsigned>(row_groups<Side::kQueries>(problem, a));
+    const auto groups = static_cast<unsigned>(row_groups<kRows>(problem, a));
     if (a == axis) index += static_cast<int>(rest % groups);
     rest /= groups;
   }
-  const int head = static_cast<int>(rest % static_cast<unsigned>(problem.heads));
-  const int sample = static_cast<int>(rest / static_cast<unsigned>(problem.heads));
+  const auto heads = static_cast<unsigned>(row_heads<kRows>(problem));
+  const int head = static_cast<int>(rest % heads);
+  const int sample = static_cast<int>(rest / heads);
 
-  const AxisQueries queries(problem, shape, sample, axis, index);
-  const auto [from, to] = queries.present;
-  const geometry::Interval keys = queries.keys(lane % 2 == 0 ? from : to - 1);
+  const AxisRows<kRows> rows(problem, shape, sample, axis, index);
+  const auto [from, to] = rows.present;
+  const geometry::Interval keys = rows.seen(lane % 2 == 0 ? from : to - 1);
   const Span span = {static_cast<int>(keys.begin), static_cast<int>(keys.end)};
   const Span last = {__shfl_down_sync(kAllLanes, span.begin, 1),
                      __shfl_down_sync(kAllLanes, span.end, 1)};
@@ -130,18 +143,18 @@ __device__ void plan_tiles(Plan<kQueries>& plan, const Problem<kAxes>& problem, 
   const int tiles = any ? (last.end - begin + size - 1) / size : 0;
   const int inner_begin = min((last.begin - begin + size - 1) / size, tiles);
   const int inner_end = max((span.end - begin) / size, inner_begin);
-  const geometry::Interval exist = geometry::existing(
-      queries.window, queries.first.group, queries.frame.key_origin, queries.frame.key_count);
+  const geometry::Interval exist =
+      geometry::existing(rows.window, rows.first.group, rows.column_origin, rows.column_count);
   const geometry::Interval in_array = geometry::existing(
-      queries.window, queries.first.group, queries.frame.key_origin, problem.key_shape[axis]);
+      rows.window, rows.first.group, rows.column_origin, columns_along<kRows>(problem, axis));
   const bool has_missing = geometry::min(begin + tiles * size, in_array.end) > exist.end;
   const bool is_first = lane % 2 == 0 && lane < 2 * kAxes;
   const bool has_missing_keys = __any_sync(kAllLanes, is_first && has_missing);
   if (is_first) {
     plan.query[axis] = index;
-    plan.position[axis] = static_cast<int>(queries.first.position);
-    plan.key[axis] = static_cast<int>(begin * queries.window.dilation + queries.first.group -
-                                      queries.frame.key_origin);
+    plan.position[axis] = static_cast<int>(rows.first.position);
+    plan.key[axis] =
+        static_cast<int>(begin * rows.window.dilation + rows.first.group - rows.column_origin);
     plan.begin[axis] = begin;
     plan.existing[axis] = static_cast<int>(exist.end - begin);
     plan.tiles[axis] = tiles;
@@ -151,14 +164,14 @@ __device__ void plan_tiles(Plan<kQueries>& plan, const Problem<kAxes>& problem, 
   if (lane == 0) {
     plan.sample = sample;
     plan.head = head;
-    plan.kv_head = head / static_cast<int>(problem.group());
+    plan.kv_head = kRows == Side::kKeys ? head : head / static_cast<int>(problem.group());
     plan.has_missing_keys = has_missing_keys;
   }
   __syncwarp();
 }
 
 // What each query of a plan sees. All lanes of a warp.
-template <int kQueries>
+template <Side kRows = Side::kQueries, int kQueries>
 __device__ void plan_windows(Plan<kQueries>& plan, const Problem<kAxes>& problem,
                              const Shape& shape) {
   const int steps[kAxes] = {shape.queries[0], shape.queries[1], shape.queries[2]};
@@ -171,11 +184,11 @@ __device__ void plan_windows(Plan<kQueries>& plan, const Problem<kAxes>& problem
         axis = a + 1;
       }
     }
-    const AxisQueries queries(problem, shape, plan.sample, axis, plan.query[axis]);
-    const int64_t position = queries.first.position + step;
+    const AxisRows<kRows> rows(problem, shape, plan.sample, axis, plan.query[axis]);
+    const int64_t position = rows.first.position + step;
     geometry::Interval keys = {0, 0};
-    if (queries.present.begin <= position && position < queries.present.end) {
-      keys = queries.keys(position);
+    if (rows.present.begin <= position && position < rows.present.end) {
+      keys = rows.seen(position);
     }
     const bool sees = keys.begin < keys.end;
     plan.seen[i] = {sees ? static_cast<int>(keys.begin) - plan.begin[axis] : 0,

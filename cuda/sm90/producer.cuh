@@ -16,6 +16,11 @@ struct QueryTiles {
   unsigned per_block;  // at most
   unsigned together;   // blocks
 
+  unsigned blocks() const {
+    const unsigned of_a_turn = together * per_block;
+    return (count + of_a_turn - 1) / of_a_turn * together;
+  }
+
   template <typename Visit>
   __device__ __forceinline__ void for_each(Visit&& visit) const {
     const unsigned first = blockIdx.x / together * together * per_block + blockIdx.x % together;

@@ -92,6 +92,17 @@ __device__ __forceinline__ void commit_stores() {
 __device__ __forceinline__ void wait_for_store_reads() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
+// Begins to copy a number to shared memory, or a zero where there is none.
+__device__ __forceinline__ void load_number(uint32_t to, const float* from, bool exists) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from),
+               "r"(exists ? 4 : 0)
+               : "memory");
+}
+// Arrives at a barrier once the numbers are there that the thread has begun to copy.
+__device__ __forceinline__ void arrive_with_numbers(Barrier* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier))
+               : "memory");
+}
 // Makes the thread's writes to shared memory visible to the copy engine and the matrix units.
 __device__ __forceinline__ void publish_writes() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

@@ -26,7 +26,7 @@ inline bool has_small_biases(const Problem<kAxes>& problem) {
   return problem.scale > 1e-12 && problem.biases() < 1 << 16;
 }
 
-// Whether the kernels know everything that a forward call asks for.
+// Whether the kernels know everything that a fused call asks for.
 inline bool can_serve(const Problem<kAxes>& problem, int rank, bool has_bias) {
   constexpr int64_t kUnit = 8;                // channels whose bytes the copy engine can count
   constexpr int64_t kEnd = int64_t{1} << 26;  // of an axis, so that bits of masks never overflow

@@ -48,32 +48,42 @@ struct TileCounts {
   double inner;  // that every query of a block sees whole
 };
 
-// What blocks of so many queries along an axis see: some of the blocks, evenly spread.
+// The columns that a row sees along an axis: keys of a query, or the queries that see a key.
+template <Side kRows>
+constexpr JAX_NATTEN_HOST_DEVICE geometry::Interval columns_seen(const AxisWindow& window,
+                                                                 const AxisFrame& frame,
+                                                                 const geometry::Location& row) {
+  return kRows == Side::kKeys ? geometry::queries_that_see(window, frame, row)
+                              : geometry::keys_seen(window, frame, row);
+}
+
+// What blocks of so many rows along an axis see: some of the blocks, evenly spread.
+template <Side kRows = Side::kQueries>
 class AxisBlocks {
  public:
   AxisBlocks() = default;
-  AxisBlocks(const Problem<kAxes>& problem, int axis, int queries) {
+  AxisBlocks(const Problem<kAxes>& problem, int axis, int rows) {
     const AxisWindow& window = problem.window[axis];
-    const int64_t size = problem.query_shape[axis], keys = problem.key_shape[axis];
-    const int64_t groups = row_groups<Side::kQueries>(problem, axis);
-    const int64_t blocks =
-        geometry::ceil_div(row_positions<Side::kQueries>(problem, axis), queries);
+    const int64_t queries = problem.query_shape[axis], keys = problem.key_shape[axis];
+    const int64_t size = rows_along<kRows>(problem, axis);
+    const int64_t groups = row_groups<kRows>(problem, axis);
+    const int64_t blocks = geometry::ceil_div(row_positions<kRows>(problem, axis), rows);
     // Where one array is longer than the other, by its halo, the other lies in its middle.
-    const int64_t extent = geometry::max(size, keys);
-    const AxisFrame frame{extent, (extent - size) / 2, size, (extent - keys) / 2, keys};
+    const int64_t extent = geometry::max(queries, keys);
+    const AxisFrame frame{extent, (extent - queries) / 2, queries, (extent - keys) / 2, keys};
     const auto seen_by = [&](int64_t index) {
-      return geometry::keys_seen(window, frame,
-                                 geometry::locate(window, extent, frame.query_origin + index));
+      return columns_seen<kRows>(window, frame,
+                                 geometry::locate(window, extent, (extent - size) / 2 + index));
     };
     count_ = static_cast<int>(geometry::min(blocks, kSome));
     of_each_ = count_ == 0 ? 0 : static_cast<double>(blocks * groups) / count_;
     for (int i = 0; i < count_; ++i) {
       const int64_t number = (2 * i + 1) * blocks / (2 * count_);
-      const int64_t first = number * queries * window.dilation + i % groups;
+      const int64_t first = number * rows * window.dilation + i % groups;
       blocks_[i] = {};
       if (first >= size) continue;
       const int64_t steps =
-          geometry::min(queries, geometry::ceil_div(size - first, window.dilation)) - 1;
+          geometry::min(rows, geometry::ceil_div(size - first, window.dilation)) - 1;
       const geometry::Interval of_first = seen_by(first);
       const geometry::Interval of_last = seen_by(first + steps * window.dilation);
       const auto from_first = [&](int64_t position) {
@@ -127,21 +137,22 @@ class AxisBlocks {
 };
 
 // The blocks of a problem that shapes are chosen by, looked at once for all kernels.
+template <Side kRows = Side::kQueries>
 class KnownBlocks {
  public:
   explicit KnownBlocks(const Problem<kAxes>& problem) : problem(problem) {}
 
   // Of consumers in a row along an axis, each of 2^log_rows positions.
-  AxisBlocks& along(int axis, int consumers, int log_rows) {
-    AxisBlocks& blocks = known_[axis][consumers - 1][log_rows];
-    if (!blocks.is_known()) blocks = AxisBlocks(problem, axis, consumers << log_rows);
+  AxisBlocks<kRows>& along(int axis, int consumers, int log_rows) {
+    AxisBlocks<kRows>& blocks = known_[axis][consumers - 1][log_rows];
+    if (!blocks.is_known()) blocks = AxisBlocks<kRows>(problem, axis, consumers << log_rows);
     return blocks;
   }
 
   const Problem<kAxes>& problem;
 
  private:
-  AxisBlocks known_[kAxes][kMostConsumers][kLogRows + 1];
+  AxisBlocks<kRows> known_[kAxes][kMostConsumers][kLogRows + 1];
 };
 
 // Bits of masks: see Shape.
@@ -175,8 +186,9 @@ constexpr bool fits_box(int64_t count, int64_t step) {
 
 // The shape of least cost for blocks of so many consumers and tiles of so many keys; its cost is
 // negative where the copy engine can load none.
-inline Shape choose_shape(KnownBlocks& blocks, int rank, int consumers, int keys,
-                          const Costs& costs) {
+template <Side kRows>
+Shape choose_shape(KnownBlocks<kRows>& blocks, int rank, int consumers, int keys,
+                   const Costs& costs) {
   const Problem<kAxes>& problem = blocks.problem;
   const auto fits = [&](int axis, int count) {
     return fits_box(count, problem.window[axis].dilation);
@@ -184,7 +196,7 @@ inline Shape choose_shape(KnownBlocks& blocks, int rank, int consumers, int keys
   // Not half of whose rows are missing; the last axis takes what is left.
   const auto is_useful = [&](int axis, int log_rows) {
     return fits(axis, 1 << log_rows) &&
-           (log_rows == 0 || 1 << log_rows < 2 * row_positions<Side::kQueries>(problem, axis));
+           (log_rows == 0 || 1 << log_rows < 2 * row_positions<kRows>(problem, axis));
   };
   Shape best{};
   best.cost = -1;
@@ -193,15 +205,15 @@ inline Shape choose_shape(KnownBlocks& blocks, int rank, int consumers, int keys
     shape.rank = rank;
     shape.scale = static_cast<float>(problem.scale);
     shape.consumers_axis = side;
-    AxisBlocks* axes[kAxes];
+    AxisBlocks<kRows>* axes[kAxes];
     double count = 1;
     for (int a = 0; a < kAxes; ++a) {
       const int in_a_row = a == side ? consumers : 1;
       axes[a] = &blocks.along(a, in_a_row, log_rows[a]);
       shape.log_rows[a] = log_rows[a];
       shape.queries[a] = in_a_row << log_rows[a];
-      shape.query_tiles[a] = static_cast<int>(
-          geometry::ceil_div(row_positions<Side::kQueries>(problem, a), shape.queries[a]));
+      shape.query_tiles[a] =
+          static_cast<int>(geometry::ceil_div(row_positions<kRows>(problem, a), shape.queries[a]));
       count *= axes[a]->blocks();
     }
     const int runs = keys / kRun;

@@ -1,4 +1,4 @@
-// The kernels for Hopper as the dispatcher calls them: fused forward of half types.
+// The kernels for Hopper as the dispatcher calls them: fused forward and backward of half types.
 //
 // This header only declares them; the .cuh files define them, and every generated source compiles
 // one operation for one element type.
