@@ -28,14 +28,15 @@ Channels channels(int64_t dim) {
 // multiprocessor at once.
 //
 // So many tiles for a block that its beginning and end are little of its time, yet not so many that
-// processors wait for the last blocks; fewer where the cache, whose near half a processor reads
-// fast, does not hold a head's columns, so that blocks which drift apart would load them again.
+// processors wait for the last blocks; fewer where three or more hide each other's beginnings, and
+// where the cache, whose near half a processor reads fast, does not hold a head's columns, so that
+// blocks which drift apart would load them again.
 template <Side kRows>
 QueryTiles schedule(const Problem<kAxes>& problem, const Shape& shape, int64_t count, int blocks) {
   constexpr int64_t kElementBytes = 2;
   int64_t head_bytes = (problem.dim + problem.value_dim) * kElementBytes;
   for (int a = 0; a < kAxes; ++a) head_bytes *= columns_along<kRows>(problem, a);
-  const bool may_drift = 2 * head_bytes <= attribute(cudaDevAttrL2CacheSize);
+  const bool may_drift = blocks < 3 && 2 * head_bytes <= attribute(cudaDevAttrL2CacheSize);
   const double block_cycles = may_drift ? 900e3 : 300e3;
   const int64_t resident = int64_t{blocks} * attribute(cudaDevAttrMultiProcessorCount);
   const double cycles = shape.cost * static_cast<double>(problem.samples * problem.heads) * blocks /
