@@ -129,21 +129,8 @@ struct BackwardHelpers {
 
   // ---- rows and columns, by one thread
 
-  // All chunks of a head's rows, which `full` is told to expect.
-  template <int kCount>
-  __device__ __forceinline__ void load(unsigned char* to, const CUtensorMap* map,
-                                       const Channels& channels, Barrier& full, int head,
-                                       const int (&at)[kAxes], int sample) {
-    full.expect(kCount * Row::kBytes);
-#pragma unroll
-    for (int chunk = 0; chunk < Row::kChunks; ++chunk) {
-      load_box(shared_address(to) + chunk * kCount * Row::kChunkBytes, map, &full,
-               channels.corner(sample, at, head, chunk * Row::kChannels));
-    }
-  }
-
   template <typename Plan>
-  __device__ __forceinline__ void load_rows(const Plan& plan, uint32_t parity) {
+  __device__ __forceinline__ void load_block(const Plan& plan, uint32_t parity) {
 #pragma unroll
     for (int consumer = 0; consumer < Config::kConsumers; ++consumer) {
       int at[kAxes];
@@ -156,8 +143,8 @@ struct BackwardHelpers {
       rows.free.wait(parity ^ 1);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        load<kRows>(shared.row[i][consumer], &maps.row[i], maps.channels[i], rows.full, plan.head,
-                    at, plan.sample);
+        load_rows<Row, kRows>(shared.row[i][consumer], &maps.row[i], maps.channels[i], rows.full,
+                              plan.head, at, plan.sample);
       }
       rows.full.arrive();
     }
@@ -195,19 +182,19 @@ struct BackwardHelpers {
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             Barrier& there = is_raw ? barriers.raw : barriers.full[i];
-            load<Config::kColumns>(shared.column[i][place], &maps.column[i], maps.channels[i],
-                                   there, head, at, plan.sample);
+            load_rows<Row, Config::kColumns>(shared.column[i][place], &maps.column[i],
+                                             maps.channels[i], there, head, at, plan.sample);
             if (!is_raw) there.arrive();
           }
           if (is_raw) barriers.raw.arrive();
           // The place of columns is free before that of rows.
-          if (!has_rows) load_rows(plan, parity);
+          if (!has_rows) load_block(plan, parity);
           has_rows = true;
           at[2] += shape.keys[2] * static_cast<int>(problem.window[2].dilation);
           ++stage.count;
         }
       });
-      if (!has_rows) load_rows(plan, parity);
+      if (!has_rows) load_block(plan, parity);
       parity ^= 1;
     });
   }

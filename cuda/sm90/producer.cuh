@@ -47,6 +47,19 @@ __device__ void run_planner(Shared<Config>& shared, const Problem<kAxes>& proble
   });
 }
 
+// Has all chunks of a box of rows of a head loaded, which `full` is told to expect. One thread.
+template <typename Row, int kCount>
+__device__ __forceinline__ void load_rows(unsigned char* to, const CUtensorMap* map,
+                                          const Channels& channels, Barrier& full, int head,
+                                          const int (&at)[kAxes], int sample) {
+  full.expect(kCount * Row::kBytes);
+#pragma unroll
+  for (int chunk = 0; chunk < Row::kChunks; ++chunk) {
+    load_box(shared_address(to) + chunk * kCount * Row::kChunkBytes, map, &full,
+             channels.corner(sample, at, head, chunk * Row::kChannels));
+  }
+}
+
 template <typename Config>
 struct Producer {
   using KeyRow = typename Config::KeyRow;
@@ -57,19 +70,6 @@ struct Producer {
   const Problem<kAxes>& problem;
   const typename Config::Shape& shape;
   Cursor<Config::kStages> stage;
-
-  // All chunks of the rows of a head, which `full` is told to expect. One thread.
-  template <typename Row, int kRowCount>
-  __device__ __forceinline__ void load(unsigned char* to, const CUtensorMap* map,
-                                       const Channels& channels, Barrier& full, int head,
-                                       const int (&at)[kAxes], int sample) {
-    full.expect(kRowCount * Row::kBytes);
-#pragma unroll
-    for (int chunk = 0; chunk < Row::kChunks; ++chunk) {
-      load_box(shared_address(to) + chunk * kRowCount * Row::kChunkBytes, map, &full,
-               channels.corner(sample, at, head, chunk * Row::kChannels));
-    }
-  }
 
   template <typename Plan>
   __device__ __forceinline__ void load_queries(const Plan& plan, uint32_t parity) {
@@ -84,8 +84,8 @@ struct Producer {
       Handover& queries = shared.queries[consumer];
       queries.free.wait(parity ^ 1);
       if (lane_id() > 0) continue;
-      load<KeyRow, kRows>(shared.q[consumer], &maps.q, maps.keys, queries.full, plan.head, at,
-                          plan.sample);
+      load_rows<KeyRow, kRows>(shared.q[consumer], &maps.q, maps.keys, queries.full, plan.head, at,
+                               plan.sample);
       queries.full.arrive();
     }
   }
@@ -105,16 +105,16 @@ struct Producer {
     Handover& keys = shared.keys[place];
     keys.free.wait(stage.parity ^ 1);
     if (loads) {
-      load<KeyRow, Config::kKeys>(shared.k[place], &maps.k, maps.keys, keys.full, plan.kv_head, at,
-                                  plan.sample);
+      load_rows<KeyRow, Config::kKeys>(shared.k[place], &maps.k, maps.keys, keys.full, plan.kv_head,
+                                       at, plan.sample);
     }
     between();
     keys.full.arrive();
     Handover& values = shared.values[place];
     values.free.wait(stage.parity ^ 1);
     if (loads) {
-      load<ValueRow, Config::kKeys>(shared.v[place], &maps.v, maps.values, values.full,
-                                    plan.kv_head, at, plan.sample);
+      load_rows<ValueRow, Config::kKeys>(shared.v[place], &maps.v, maps.values, values.full,
+                                         plan.kv_head, at, plan.sample);
       for (int a = 0; a < kAxes; ++a) shared.first_key[place][a] = begin[a];
       values.full.arrive();
     }
