@@ -49,10 +49,8 @@ inline double portable_backward_cost(const Problem<kAxes>& problem, int rank) {
 // Whether the near half of a Hopper GPU's cache holds the columns of a head.
 template <Side kSide>
 bool fits_cache(const Problem<kAxes>& problem) {
-  constexpr int64_t kElementBytes = 2, kCacheBytes = int64_t{25} << 20;
-  int64_t bytes = (problem.dim + problem.value_dim) * kElementBytes;
-  for (int a = 0; a < kAxes; ++a) bytes *= columns_along<kSide>(problem, a);
-  return bytes <= kCacheBytes;
+  constexpr int64_t kCacheBytes = int64_t{25} << 20;
+  return head_bytes<kSide>(problem) <= kCacheBytes;
 }
 
 // The kernel of a side for a problem that pads the least, of these the least costly, and its shape.

@@ -33,10 +33,8 @@ Channels channels(int64_t dim) {
 // blocks which drift apart would load them again.
 template <Side kRows>
 QueryTiles schedule(const Problem<kAxes>& problem, const Shape& shape, int64_t count, int blocks) {
-  constexpr int64_t kElementBytes = 2;
-  int64_t head_bytes = (problem.dim + problem.value_dim) * kElementBytes;
-  for (int a = 0; a < kAxes; ++a) head_bytes *= columns_along<kRows>(problem, a);
-  const bool may_drift = blocks < 3 && 2 * head_bytes <= attribute(cudaDevAttrL2CacheSize);
+  const bool may_drift =
+      blocks < 3 && 2 * head_bytes<kRows>(problem) <= attribute(cudaDevAttrL2CacheSize);
   const double block_cycles = may_drift ? 900e3 : 300e3;
   const int64_t resident = int64_t{blocks} * attribute(cudaDevAttrMultiProcessorCount);
   const double cycles = shape.cost * static_cast<double>(problem.samples * problem.heads) * blocks /

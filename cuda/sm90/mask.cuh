@@ -3,7 +3,7 @@
 // Of each run of 8 keys a lane has keys 2c and 2c + 1, c = lane mod 4, for two queries. For each
 // query a word has a bit for every run of the tile, of keys 2c in its lower half, of keys 2c + 1 in
 // its upper one. It is the conjunction of a word an axis, since a window is an interval on every
-// axis; these are few, and the producer writes them beside the keys.
+// axis; these are few, and a helping warp writes them beside the keys.
 #pragma once
 
 #include "cuda/sm90/config.cuh"

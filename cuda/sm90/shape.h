@@ -57,6 +57,15 @@ constexpr JAX_NATTEN_HOST_DEVICE geometry::Interval columns_seen(const AxisWindo
                               : geometry::keys_seen(window, frame, row);
 }
 
+// The bytes of a head's columns, of both arrays, of half types.
+template <Side kRows>
+int64_t head_bytes(const Problem<kAxes>& problem) {
+  constexpr int64_t kElementBytes = 2;
+  int64_t bytes = (problem.dim + problem.value_dim) * kElementBytes;
+  for (int a = 0; a < kAxes; ++a) bytes *= columns_along<kRows>(problem, a);
+  return bytes;
+}
+
 // What blocks of so many rows along an axis see: some of the blocks, evenly spread.
 template <Side kRows = Side::kQueries>
 class AxisBlocks {
