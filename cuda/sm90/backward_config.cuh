@@ -78,7 +78,8 @@ struct BackwardShared {
   __device__ void init_barriers() {
     for (Handover& handover : plans) {
       handover.full.init(kWarp);
-      handover.free.init(3 + 4 * kConsumers);  // the other helpers, every consuming warp
+      // The loading thread, two other helpers and the consumers.
+      handover.free.init(1 + 2 * kWarp + kWarpgroup * kConsumers);
     }
     for (Barrier& window : windows) window.init(kWarp);
     for (Handover& handover : rows) {
@@ -89,7 +90,7 @@ struct BackwardShared {
       for (Barrier& full : stage.full) full.init(1);
       stage.finished.init(Config::kRowsAreKeys ? 2 * kWarp : kWarp);
       stage.raw.init(1);
-      stage.free.init(4 * kConsumers);  // every consuming warp
+      stage.free.init(kWarpgroup * kConsumers);
     }
     publish_barriers();
   }

@@ -108,10 +108,7 @@ struct BackwardRows {
     synchronize_warpgroup(1 + number);
     if (!is_leader) return;
     int at[kAxes];
-    for (int a = 0; a < kAxes; ++a) {
-      const int step = a == shape.consumers_axis ? number << shape.log_rows[a] : 0;
-      at[a] = plan.query[a] + step * static_cast<int>(problem.window[a].dilation);
-    }
+    plan.first_query(problem, shape, number, at);
 #pragma unroll
     for (int s = 0; s < Config::kSums; ++s) {
 #pragma unroll

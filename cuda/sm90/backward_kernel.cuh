@@ -33,8 +33,7 @@ __device__ void consume(BackwardShared<Config>& shared, const BackwardMaps& maps
     consumer.run(plan, heads, shift, delta, sums);
     rows.store(plan, sums);
     if (is_leader) handover.free.arrive();
-    __syncwarp();
-    if (lane_id() == 0) shared.plans[plans.place()].free.arrive();
+    shared.plans[plans.place()].free.arrive();
     ++plans.count;
   });
 }

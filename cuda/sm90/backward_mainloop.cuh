@@ -82,7 +82,7 @@ struct BackwardConsumer {
 
   // The place of the tile before; the last one of a kernel nobody waits for.
   __device__ __forceinline__ void give_last_back() {
-    if (lane_id() == 0 && stage.count > 0) shared.stages[stage.last_place()].free.arrive();
+    if (stage.count > 0) shared.stages[stage.last_place()].free.arrive();
   }
 
   // The numbers of a lane's two columns of a run.
@@ -172,6 +172,9 @@ struct BackwardConsumer {
         begin_sum<1>(sums[1], p);
       }
       if constexpr (Config::kOverlaps) {
+        // What is there is waited for again: the compiler moves the wait for products no further up
+        // than this, so that exponentials come before it.
+        if constexpr (!kRowsAreKeys) place.full[1].wait(stage.parity());
         wait_for_products<kRowsAreKeys ? 1 : 0>();
         pin(t);
 #pragma unroll

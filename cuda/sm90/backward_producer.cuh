@@ -115,14 +115,13 @@ struct BackwardHelpers {
 
   // Visits all plans once they are there, and gives them back.
   template <typename Visit>
-  __device__ __forceinline__ void for_each_plan(const QueryTiles& tiles, bool gives,
-                                                Visit&& visit) {
+  __device__ __forceinline__ void for_each_plan(const QueryTiles& tiles, Visit&& visit) {
     Cursor<2> cursor;
     tiles.for_each([&](unsigned) {
       Handover& handover = shared.plans[cursor.place];
       handover.full.wait(cursor.parity);
       visit(shared.plan[cursor.place]);
-      if (gives) handover.free.arrive();
+      handover.free.arrive();
       cursor.advance();
     });
   }
@@ -134,11 +133,7 @@ struct BackwardHelpers {
 #pragma unroll
     for (int consumer = 0; consumer < Config::kConsumers; ++consumer) {
       int at[kAxes];
-#pragma unroll
-      for (int a = 0; a < kAxes; ++a) {
-        const int step = a == shape.consumers_axis ? consumer << shape.log_rows[a] : 0;
-        at[a] = plan.query[a] + step * static_cast<int>(problem.window[a].dilation);
-      }
+      plan.first_query(problem, shape, consumer, at);
       Handover& rows = shared.rows[consumer];
       rows.free.wait(parity ^ 1);
 #pragma unroll
@@ -165,7 +160,7 @@ struct BackwardHelpers {
     }
     Counter<Config::kStages> stage;
     uint32_t parity = 0;
-    for_each_plan(tiles, true, [&](const auto& plan) {
+    for_each_plan(tiles, [&](const auto& plan) {
       bool has_rows = false;
       // What is there is full, or raw while missing columns are not cleared.
       const bool is_raw = plan.has_missing_keys;
@@ -291,10 +286,9 @@ struct BackwardHelpers {
     for (int i = 0; i < kOwn; ++i) columns[i] = column_of(i);
     Counter<Config::kStages> stage;
     uint32_t raw_parities = 0;  // a bit for each stage
-    for_each_plan(tiles, lane_id() == 0, [&](const auto& plan) {
+    for_each_plan(tiles, [&](const auto& plan) {
       if (!kRowsAreKeys && !plan.has_missing_keys) {
         stage.count += plan.tile_count();
-        __syncwarp();
         return;
       }
       for_each_run(plan, heads(), [&](const TileRun& run) __attribute__((always_inline)) {
@@ -321,7 +315,6 @@ struct BackwardHelpers {
           ++stage.count;
         }
       });
-      __syncwarp();
     });
   }
 
@@ -330,7 +323,7 @@ struct BackwardHelpers {
   __device__ void write_masks(const QueryTiles& tiles) {
     Counter<Config::kStages> stage;
     Counter<2> plans;
-    for_each_plan(tiles, lane_id() == 0, [&](const auto& plan) {
+    for_each_plan(tiles, [&](const auto& plan) {
       shared.windows[plans.place()].wait(plans.parity());
       ++plans.count;
       MaskWriter<Config> writer;
@@ -347,7 +340,6 @@ struct BackwardHelpers {
           ++stage.count;
         }
       });
-      __syncwarp();
     });
   }
 };

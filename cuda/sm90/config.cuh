@@ -87,7 +87,8 @@ struct Config {
   static_assert(kHasOut || kOutBytes <= kQueryBytes);
 };
 
-// Barriers in pairs: something is there, and its place is free again.
+// Barriers in pairs: something is there, and its place is free again, which every thread that reads
+// there says for itself. One could for its warp, no faster; racecheck would not see that it may.
 struct Handover {
   Barrier full;
   Barrier free;
@@ -128,8 +129,7 @@ struct Shared {
   __device__ void init_barriers() {
     for (Handover& plan : plans) {
       plan.full.init(kWarp);
-      // The producer, the mask writer and every consuming warp.
-      plan.free.init(1 + Config::kHasMaskWriter + 4 * Config::kConsumers);
+      plan.free.init(kWarp * (1 + Config::kHasMaskWriter) + kWarpgroup * Config::kConsumers);
     }
     for (Barrier& window : windows) window.init(kWarp);
     for (Handover& query : queries) {
@@ -139,8 +139,8 @@ struct Shared {
     for (int i = 0; i < kStages; ++i) {
       keys[i].full.init(kWarp * (1 + Config::kHasMaskWriter));
       values[i].full.init(1);
-      keys[i].free.init(4 * Config::kConsumers);  // every consuming warp
-      values[i].free.init(4 * Config::kConsumers);
+      keys[i].free.init(kWarpgroup * Config::kConsumers);
+      values[i].free.init(kWarpgroup * Config::kConsumers);
     }
     publish_barriers();
   }

@@ -86,10 +86,7 @@ struct Epilogue {
       }
     }
     int query[kAxes];
-    for (int a = 0; a < kAxes; ++a) {
-      const int step = a == shape.consumers_axis ? number << shape.log_rows[a] : 0;
-      query[a] = plan.query[a] + step * static_cast<int>(problem.window[a].dilation);
-    }
+    plan.first_query(problem, shape, number, query);
     store_outputs(out, factor, query, plan.head, plan.sample);
   }
 };

@@ -36,8 +36,7 @@ __device__ void consume(Shared<Config>& shared, const Maps& maps, const Tensor<f
     }
     epilogue.run(plan, softmax, out);
     if (!Config::kHasOut && consumer.is_leader) queries.free.arrive();
-    __syncwarp();
-    if (lane_id() == 0) handover.free.arrive();
+    handover.free.arrive();
     plans.advance();
     parity ^= 1;
   });

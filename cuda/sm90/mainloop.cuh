@@ -96,7 +96,7 @@ struct Consumer {
 
   template <int kPlaces>
   __device__ __forceinline__ void give_back(Handover (&places)[kPlaces], Cursor<kPlaces>& cursor) {
-    if (lane_id() == 0) places[cursor.place].free.arrive();
+    places[cursor.place].free.arrive();
     cursor.advance();
   }
 
@@ -178,6 +178,7 @@ struct Consumer {
       give_back(shared.keys, key);
       if constexpr (kMasked) apply_mask(s, words);
       const bool moves = __any_sync(kAllLanes, softmax.template add<true>(s, shrink));
+      compute_first(softmax.total[0] + softmax.total[1], shared.own_out);
       wait_for_products<0>();
       pin(out);
       pin(p);

@@ -40,6 +40,15 @@ struct Plan {
   Span seen[kQueries + kAxes];
 
   __device__ __forceinline__ int tile_count() const { return tiles[0] * tiles[1] * tiles[2]; }
+  // The array index of a consumer's first query.
+  __device__ __forceinline__ void first_query(const Problem<kAxes>& problem, const Shape& shape,
+                                              int consumer, int (&at)[kAxes]) const {
+#pragma unroll
+    for (int a = 0; a < kAxes; ++a) {
+      const int step = a == shape.consumers_axis ? consumer << shape.log_rows[a] : 0;
+      at[a] = query[a] + step * static_cast<int>(problem.window[a].dilation);
+    }
+  }
   // In their order in memory: neighboring blocks then want the same keys at about the same time.
   template <typename Visit>
   __device__ __forceinline__ void for_each_tile(Visit&& visit) const {

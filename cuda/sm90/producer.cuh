@@ -76,11 +76,7 @@ struct Producer {
 #pragma unroll
     for (int consumer = 0; consumer < Config::kConsumers; ++consumer) {
       int at[kAxes];
-#pragma unroll
-      for (int a = 0; a < kAxes; ++a) {
-        const int step = a == shape.consumers_axis ? consumer << shape.log_rows[a] : 0;
-        at[a] = plan.query[a] + step * static_cast<int>(problem.window[a].dilation);
-      }
+      plan.first_query(problem, shape, consumer, at);
       Handover& queries = shared.queries[consumer];
       queries.free.wait(parity ^ 1);
       if (lane_id() > 0) continue;
@@ -160,8 +156,7 @@ struct Producer {
       Handover& handover = shared.plans[plans.place];
       handover.full.wait(plans.parity);
       load_all(shared.plan[plans.place], shared.windows[plans.place], plans.parity, parity);
-      __syncwarp();
-      if (lane_id() == 0) handover.free.arrive();
+      handover.free.arrive();
       plans.advance();
       parity ^= 1;
     });
@@ -186,8 +181,7 @@ __device__ void run_mask_writer(Shared<Config>& shared, const Problem<kAxes>& pr
       keys.full.arrive();
       stage.advance();
     });
-    __syncwarp();
-    if (lane_id() == 0) shared.plans[plans.place].free.arrive();
+    shared.plans[plans.place].free.arrive();
     plans.advance();
   });
 }
