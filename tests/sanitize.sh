@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # Runs every CUDA kernel on small problems under compute-sanitizer's tools; needs an NVIDIA GPU and the CUDA toolkit.
 # One line a tool: its summary, the seconds that it took and how many calls each set of kernels served, or its whole
-# report where it found something.
+# report where it found something. Names of sets of kernels, naive, sm80 or sm90, are the only ones to run.
 #
-#     ninja -C build/dev sanitized && tests/sanitize.sh build/dev/cuda/sanitized
+#     ninja -C build/dev sanitized && tests/sanitize.sh build/dev/cuda/sanitized [SET]...
 set -uo pipefail
 program=${1:?"the program sanitized of a build directory"}
+shift
 status=0
 for tool in memcheck racecheck synccheck initcheck; do
-  arguments=()
-  [ $tool = initcheck ] && arguments=(unpoisoned)
+  arguments=("$@")
+  [ $tool = initcheck ] && arguments+=(unpoisoned)
   begin=$SECONDS
   report=$(compute-sanitizer --tool $tool --error-exitcode 9 "$program" "${arguments[@]}" 2>&1)
   code=$?

@@ -3,7 +3,8 @@
 //
 // Numbers are not compared, but every element of every result must have been written: results and
 // workspace are full of NaN before each call and have none after it. With the argument
-// `unpoisoned` they are left as they were allocated, so that initcheck sees what nobody wrote.
+// `unpoisoned` they are left as they were allocated, so that initcheck sees what nobody wrote. The
+// names of sets of kernels, naive, sm80 or sm90, are the only ones to run.
 #include <cuda_runtime.h>
 
 #include <cmath>
@@ -14,6 +15,7 @@
 #include <map>
 #include <memory>
 #include <random>
+#include <set>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -142,6 +144,7 @@ constexpr int64_t kSamples = 2, kParts = 3;
 // ---- device arrays
 
 bool poisons = true;
+std::set<std::string> only;  // these sets of kernels; all where there are none
 
 void check(cudaError_t error) {
   if (error == cudaSuccess) return;
@@ -265,6 +268,7 @@ struct Runner {
   template <typename Operands>
   void run_on(const char* kernels, cudaError_t (*run)(cudaStream_t, const Operands&),
               const Call& call, const Operands& operands) const {
+    if (!only.empty() && only.count(kernels) == 0) return;
     if (poisons) {
       for (const Array* array : call.results) array->poison();
       for (const Array* array : call.workspace) array->poison();
@@ -438,6 +442,12 @@ bool run_all() {
 }  // namespace jax_natten
 
 int main(int argc, char** argv) {
-  jax_natten::poisons = argc < 2 || std::strcmp(argv[1], "unpoisoned") != 0;
+  for (int i = 1; i < argc; ++i) {
+    if (std::strcmp(argv[i], "unpoisoned") == 0) {
+      jax_natten::poisons = false;
+    } else {
+      jax_natten::only.insert(argv[i]);
+    }
+  }
   return jax_natten::run_all() ? 0 : 1;
 }

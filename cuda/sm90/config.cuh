@@ -2,7 +2,8 @@
 // shared memory.
 //
 // Three consumers where registers allow it: at head dim 64 the exponentials of a tile take as long
-// as its products, and three warpgroups hide one behind the other better than two.
+// as its products, and three warpgroups hide one behind the other better than two; at larger ones
+// masks do where most tiles need one.
 #pragma once
 
 #include <cstddef>

@@ -7,7 +7,7 @@ columns are added to, 16 of the summed index at a time.
 import sys
 from pathlib import Path
 
-ROWS_WIDTHS = (64, 96, 128)  # tiles of keys: logits
+ROWS_WIDTHS = (64, 80, 96, 128)  # tiles of keys: logits
 WEIGHTS_WIDTHS = (32, 64, 96, 128, 192, 256)  # head dims: outputs
 TYPES = {"BFloat16": "bf16", "Float16": "f16"}
 
