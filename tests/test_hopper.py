@@ -292,6 +292,13 @@ LARGE = {
     "2d_lengths": Problem(spatial=(70, 80), kernel_size=(30, 21), dim=64, batch=2, lengths=((70, 51), (33, 80))),
     "3d": Problem(spatial=(20, 30, 40), kernel_size=(9, 12, 16), dim=64),
     "3d_dilated": Problem(spatial=(16, 24, 40), kernel_size=(5, 6, 8), dilation=(2, 2, 3), dim=128),
+    "3d_128": Problem(spatial=(19, 29, 41), kernel_size=(9, 12, 16), dim=128),
+    "3d_lengths": Problem(
+        spatial=(12, 20, 30), kernel_size=(8, 10, 14), dim=128, batch=2, lengths=((12, 13, 30), (9, 20, 17)), heads_kv=1
+    ),
+    "3d_96": Problem(
+        spatial=(12, 20, 30), kernel_size=(8, 10, 14), dim=96, batch=2, lengths=((12, 13, 30), (9, 20, 17))
+    ),
     "d32": Problem(spatial=(90, 100), kernel_size=(31, 40), dim=32),
     "d96": Problem(spatial=(90, 100), kernel_size=(31, 40), dim=96),
     "d192": Problem(spatial=(90, 100), kernel_size=(31, 40), dim=192),
