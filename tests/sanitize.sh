@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs every CUDA kernel on small problems under compute-sanitizer's tools; needs an NVIDIA GPU and the CUDA toolkit.
 # One line a tool: its summary, the seconds that it took and how many calls each set of kernels served, or its whole
-# report where it found something. Names of sets of kernels, naive, sm80 or sm90, are the only ones to run.
+# report where it found something. Where sets of kernels are named (naive, sm80, sm90), only these run.
 #
 #     ninja -C build/dev sanitized && tests/sanitize.sh build/dev/cuda/sanitized [SET]...
 set -uo pipefail

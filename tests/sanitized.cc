@@ -3,8 +3,8 @@
 //
 // Numbers are not compared, but every element of every result must have been written: results and
 // workspace are full of NaN before each call and have none after it. With the argument
-// `unpoisoned` they are left as they were allocated, so that initcheck sees what nobody wrote. The
-// names of sets of kernels, naive, sm80 or sm90, are the only ones to run.
+// `unpoisoned` they are left as they were allocated, so that initcheck sees what nobody wrote.
+// Where sets of kernels are named (naive, sm80, sm90), only these run.
 #include <cuda_runtime.h>
 
 #include <cmath>

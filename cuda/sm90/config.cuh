@@ -88,8 +88,8 @@ struct Config {
   static_assert(kHasOut || kOutBytes <= kQueryBytes);
 };
 
-// Barriers in pairs: something is there, and its place is free again, which every thread that reads
-// there says for itself. One could for its warp, no faster; racecheck would not see that it may.
+// Barriers in pairs: something is there, and its place is free again. Every thread that has read
+// there arrives at the second: one for its warp would be no faster, and racecheck could not follow.
 struct Handover {
   Barrier full;
   Barrier free;
