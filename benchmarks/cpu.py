@@ -67,7 +67,7 @@ PEER_BYTES = 1.5e9  # limit on a peer's largest array
 # OpenBLAS's names of processors with these instruction sets and no more.
 CORES = {"avx2": "Haswell", "baseline": "Nehalem"}
 
-LEAST_SECONDS = 0.2
+LEAST_SECONDS = 0.2  # of timed calls a figure
 # Of a kernel's arithmetic beside its products: multiply-adds and the like that an exponential and its mask take.
 EXPONENTIAL = 17
 
@@ -313,7 +313,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES), help="which rows (default: all)")
     parser.add_argument("--threads", nargs="*", type=int, default=[2, 1], help="how many (default: 2 1)")
     parser.add_argument("--targets", nargs="*", default=[None], help="instruction sets to force (default: the best)")
-    parser.add_argument("--repeats", type=int, default=15, help="timed calls a figure (default: 15)")
+    parser.add_argument("--repeats", type=int, default=15, help="timed calls a figure, at least (default: 15)")
     parser.add_argument("--no-peers", action="store_true", help="do not time the alternatives")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--plot", type=Path, help="also draw the shares of the first run")

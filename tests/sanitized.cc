@@ -442,11 +442,15 @@ bool run_all() {
 }  // namespace jax_natten
 
 int main(int argc, char** argv) {
+  const std::set<std::string> sets = {"naive", "sm80", "sm90"};
   for (int i = 1; i < argc; ++i) {
     if (std::strcmp(argv[i], "unpoisoned") == 0) {
       jax_natten::poisons = false;
-    } else {
+    } else if (sets.count(argv[i]) > 0) {
       jax_natten::only.insert(argv[i]);
+    } else {
+      std::fprintf(stderr, "%s is no set of kernels: naive, sm80 or sm90\n", argv[i]);
+      return 2;
     }
   }
   return jax_natten::run_all() ? 0 : 1;

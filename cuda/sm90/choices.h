@@ -1,9 +1,9 @@
 // The kernels that there are, and the choice of one and its shape, on the host.
 
 // Large blocks for windows of many tiles: the queries of two or three consumers read each key once.
-// Smaller tiles for more queries are faster where most tiles need a mask, as in 3-D.
 // Small ones for small windows, several on a multiprocessor, which hide each other's beginnings and
-// ends and have fewer keys that only some of their queries see.
+// ends and have fewer keys that only some of their queries see. Of large blocks, three consumers
+// with smaller tiles are faster where most tiles need a mask, as in 3-D.
 #pragma once
 
 #include <iterator>
