@@ -323,13 +323,9 @@ def test_problems_are_served():
     assert all(map(serves, [*PROBLEMS.values(), *LARGE.values()]))
 
 
-@on_hopper
-@pytest.mark.parametrize("dtype", LARGEST_ERROR)
-@pytest.mark.parametrize("name", LARGE)
-def test_large(name, dtype):
-    problem = replace(LARGE[name], dtype=dtype)
+def check_large(problem: Problem, arrays: dict) -> None:
+    """Equal bits twice, against float64 on CPU."""
     assert serves(problem)
-    arrays = problem.arrays(seed=np.random.default_rng().integers(2**31))
 
     def run(arrays):
         return fused(problem.rank)(**arrays, **problem.window, return_lse=True, backend="native")
@@ -343,8 +339,50 @@ def test_large(name, dtype):
         results = jax.jit(run)(jax.device_put(wide, jax.local_devices(backend="cpu")[0]))
     expected, lse_expected = map(np.asarray, results)
     error = np.linalg.norm(np.asarray(out, np.float64) - expected) / np.linalg.norm(expected)
-    assert error < LARGEST_ERROR[dtype]
+    assert error < LARGEST_ERROR[problem.dtype]
     assert_close(lse, lse_expected, dtype="float32", factor=8)
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", LARGEST_ERROR)
+@pytest.mark.parametrize("name", LARGE)
+def test_large(name, dtype):
+    problem = replace(LARGE[name], dtype=dtype)
+    check_large(problem, problem.arrays(seed=np.random.default_rng().integers(2**31)))
+
+
+# Of keys, by their place among all, so that logits grow and fall from tile to tile.
+GAINS = {
+    "large": lambda place: np.full_like(place, 30),
+    "rising": lambda place: 60 * place,
+    "falling": lambda place: 60 * (1 - place),
+    "peaks": lambda place: np.where(np.floor(40 * place) % 5 == 4, 60, 0.5),
+}
+
+
+@on_hopper
+@pytest.mark.parametrize("gain", GAINS)
+@pytest.mark.parametrize(
+    "name", ["1d", "1d_causal", "2d", "2d_small", "3d", "3d_128", "3d_96", "3d_dilated", "d32", "d256", "d192_128"]
+)
+def test_logits_of_any_size(name, gain):
+    dtype = "float16" if gain == "rising" else "bfloat16"
+    problem = replace(LARGE[name], dtype=dtype)
+    arrays = problem.arrays()
+    place = np.linspace(0, 1, int(np.prod(problem.spatial))).reshape(1, *problem.spatial, 1, 1)
+    arrays["key"] = (arrays["key"].astype(np.float64) * GAINS[gain](place)).astype(arrays["key"].dtype)
+    check_large(problem, arrays)
+
+
+@on_hopper
+@pytest.mark.parametrize("name", ["rpb_1d", "rpb_2d", "rpb_3d"])
+def test_first_logits_far_below_the_others(name):
+    """A query's first keys count until others come, however small their weights will be."""
+    problem = replace(LARGE[name], dtype="bfloat16", rpb_dtype="float32")
+    arrays = problem.arrays()
+    half = arrays["rpb"].shape[-1] // 2
+    arrays["rpb"][..., : half - 3] -= 3e4
+    check_large(problem, arrays)
 
 
 @on_hopper

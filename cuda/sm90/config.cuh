@@ -120,6 +120,7 @@ struct Shared {
   Handover queries[Config::kConsumers];
   Handover keys[kStages];
   Handover values[kStages];
+  Barrier turns[Config::kConsumers][kWarpgroup / kWarp];  // of each warp of the consumers
   // How far back, in a table of biases, a query has its entries.
   int row_bias[Config::kHasBias ? kQueries : 1];
 
@@ -142,6 +143,11 @@ struct Shared {
       values[i].full.init(1);
       keys[i].free.init(kWarpgroup * Config::kConsumers);
       values[i].free.init(kWarpgroup * Config::kConsumers);
+    }
+    if constexpr (!Config::kHasBias) {
+      for (auto& of_consumer : turns) {
+        for (Barrier& turn : of_consumer) turn.init(1);
+      }
     }
     publish_barriers();
   }

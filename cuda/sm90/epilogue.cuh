@@ -1,4 +1,4 @@
-// The end of a tile of queries: out / total and lse = log(total) + largest to where they belong.
+// The end of a tile of queries: out / total and lse to where they belong.
 #pragma once
 
 #include "cuda/sm90/mainloop.cuh"
@@ -59,7 +59,8 @@ struct Epilogue {
   }
 
   template <typename Plan>
-  __device__ __forceinline__ void run(const Plan& plan, Softmax& softmax, float (&out)[kOutputs]) {
+  __device__ __forceinline__ void run(const Plan& plan, SoftmaxOf<Config>& softmax,
+                                      float (&out)[kOutputs]) {
     softmax.finish();
     float factor[kLaneRows];
 #pragma unroll

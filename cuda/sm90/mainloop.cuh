@@ -1,16 +1,21 @@
 // A consumer's way through the tiles of keys:
 //   s = q k^T (+ biases), p = the weights of s, out = out * shrink + p v.
 //
-// While the matrix units work on p v of one tile, the warpgroup takes the exponentials of the next
-// one's s, whose product was begun before. Whether a tile needs a mask is asked between two tiles,
-// when no product is under way.
+// In large blocks the product p v of a tile and the one of the next tile's s are begun together, by
+// one consumer after the other: while the matrix units work on those of one, the others take their
+// exponentials. With biases consumers take no turns: each takes the exponentials of a tile while
+// the matrix units work on its own product p v. Whether a tile needs a mask is asked between two
+// tiles, when no product is under way.
 #pragma once
 
 #include "cuda/sm90/bias.cuh"
+#include "cuda/sm90/cautious_softmax.cuh"
 #include "cuda/sm90/products.cuh"
-#include "cuda/sm90/softmax.cuh"
 
 namespace jax_natten::sm90 {
+
+template <typename Config>
+using SoftmaxOf = std::conditional_t<Config::kHasBias, CautiousSoftmax, Softmax>;
 
 // Where a product finds an operand in swizzled shared memory: its address and, where the summed
 // index runs over its rows, the distance of its chunks, in units of 16 bytes. All that changes
@@ -33,6 +38,7 @@ struct Consumer {
   using KeyRow = typename Config::KeyRow;
   using ValueRow = typename Config::ValueRow;
   static constexpr int kKeys = Config::kKeys;
+  static constexpr bool kTakesTurns = Config::kConsumers > 1 && !Config::kHasBias;
   static constexpr int kLogits = kKeys / 2, kOutputs = ValueRow::kDim / 2;  // of a lane
 
   Shared<Config>& shared;
@@ -40,6 +46,7 @@ struct Consumer {
   int number;  // of the consumers, uniform
   bool is_leader;
   LaneMask mask;
+  uint32_t turn;  // the parity of the next one
   uint32_t q_word, k_word, v_word;
   Cursor<Config::kStages> key, value;
 
@@ -50,6 +57,7 @@ struct Consumer {
         number(number),
         is_leader(threadIdx.x % kWarpgroup == 0),
         mask(shape, number),
+        turn(number == 0),
         q_word(operand_at(shared.q[number])),
         k_word(operand_at(shared.k[0])),
         v_word(operand_at(shared.v[0], kKeys * ValueRow::kChunkBytes)) {}
@@ -81,13 +89,6 @@ struct Consumer {
     commit_products();
   }
 
-  // Weights in the order in which the product wants them, which is that of logits.
-  __device__ __forceinline__ static void round(const float (&s)[kLogits],
-                                               uint32_t (&p)[kLogits / 2]) {
-#pragma unroll
-    for (int i = 0; i < kLogits / 2; ++i) p[i] = pair<Element>(s[2 * i], s[2 * i + 1]);
-  }
-
   __device__ __forceinline__ static void scale_rows(float (&out)[kOutputs],
                                                     const float (&factor)[kLaneRows]) {
 #pragma unroll
@@ -98,6 +99,22 @@ struct Consumer {
   __device__ __forceinline__ void give_back(Handover (&places)[kPlaces], Cursor<kPlaces>& cursor) {
     places[cursor.place].free.arrive();
     cursor.advance();
+  }
+
+  // Consumers begin their products in turn, each warp after that of the consumer before. The matrix
+  // units would else serve them alternately: all would wait for the products of all, and then all
+  // would take exponentials.
+  __device__ __forceinline__ void take_turn() {
+    if constexpr (kTakesTurns) {
+      shared.turns[number][warp_of_warpgroup()].wait(turn);
+      turn ^= 1;
+    }
+  }
+  __device__ __forceinline__ void pass_turn() {
+    if constexpr (kTakesTurns) {
+      const int next = number + 1 < Config::kConsumers ? number + 1 : 0;
+      if (lane_id() == 0) shared.turns[next][warp_of_warpgroup()].arrive();
+    }
   }
 
   // The tile whose logits come next.
@@ -118,8 +135,8 @@ struct Consumer {
   // All tiles of keys of a plan, which has at least one; after_queries() once the queries have been
   // read for the last time.
   template <typename Plan, typename AfterQueries>
-  __device__ __forceinline__ void run(const Plan& plan, Softmax& softmax, float (&out)[kOutputs],
-                                      AfterQueries&& after_queries) {
+  __device__ __forceinline__ void run(const Plan& plan, SoftmaxOf<Config>& softmax,
+                                      float (&out)[kOutputs], AfterQueries&& after_queries) {
     const int tiles = plan.tile_count();
     const bool clears = plan.has_missing_keys;
     int tile = 0;
@@ -132,17 +149,24 @@ struct Consumer {
       constexpr bool kMasked = decltype(masked)::value;
       uint32_t words[kLaneRows];
       if constexpr (Config::kHasBias) begin_with_biases(plan, s);
+      take_turn();
       pin(s);
       begin_products();
       begin_logits(s);
+      pass_turn();
       if constexpr (kMasked) mask.read(shared.mask[key.place], words);
       wait_for_products<0>();
       pin(s);
       give_back(shared.keys, key);
       if constexpr (kMasked) apply_mask(s, words);
-      softmax.template add<Config::kOverlaps>(s, shrink);
-      if constexpr (!Config::kOverlaps) scale_rows(out, shrink);
-      round(s, p);
+      if constexpr (Config::kHasBias) {
+        softmax.template add<Config::kOverlaps>(s, shrink);
+        if constexpr (!Config::kOverlaps) scale_rows(out, shrink);
+        softmax.template round<Element>(s, p);
+      } else {
+        softmax.template add_logits<Element>(s, p, shrink);
+        if constexpr (!Config::kOverlaps) scale_rows(out, shrink);
+      }
       if (kMasked && clears) clear_values(plan);
     };
 
@@ -159,11 +183,12 @@ struct Consumer {
       give_back(shared.values, value);
     };
 
-    // The weights of the next tile, while the outputs of the one before are computed.
+    // Both: the outputs of the tile whose weights are there, and the weights of the next one.
     const auto overlapped = [&](auto masked) __attribute__((always_inline)) {
       constexpr bool kMasked = decltype(masked)::value;
       uint32_t words[kLaneRows];
       if constexpr (Config::kHasBias) begin_with_biases(plan, s);
+      take_turn();
       pin(s);
       pin(out);
       pin(p);
@@ -172,19 +197,31 @@ struct Consumer {
       shared.values[value.place].full.wait(value.parity);
       begin_products();
       begin_outputs(out, p);
+      pass_turn();
       if constexpr (kMasked) mask.read(shared.mask[key.place], words);
       wait_for_products<1>();
       pin(s);
       give_back(shared.keys, key);
       if constexpr (kMasked) apply_mask(s, words);
-      const bool moves = __any_sync(kAllLanes, softmax.template add<true>(s, shrink));
-      compute_first(softmax.total[0] + softmax.total[1], shared.own_out);
-      wait_for_products<0>();
-      pin(out);
-      pin(p);
-      give_back(shared.values, value);
-      round(s, p);
-      if (moves) scale_rows(out, shrink);
+      const auto wait_for_outputs = [&]() __attribute__((always_inline)) {
+        wait_for_products<0>();
+        pin(out);
+        pin(p);
+        give_back(shared.values, value);
+      };
+      if constexpr (Config::kHasBias) {
+        const bool moves = __any_sync(kAllLanes, softmax.template add<true>(s, shrink));
+        compute_first(softmax.total[0] + softmax.total[1], shared.own_out);
+        wait_for_outputs();
+        softmax.template round<Element>(s, p);
+        if (moves) scale_rows(out, shrink);
+      } else {
+        softmax.to_powers(s);
+        wait_for_outputs();
+        bool sees[kLaneRows] = {true, true};
+        if constexpr (kMasked) sees_any_key<kKeys>(words, sees);
+        if (softmax.template add_powers<Element>(s, sees, p, shrink)) scale_rows(out, shrink);
+      }
       if (kMasked && clears) clear_values(plan);
     };
 

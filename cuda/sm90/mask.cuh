@@ -84,6 +84,15 @@ __device__ __forceinline__ void apply_mask(float (&s)[kCount], const uint32_t (&
   }
 }
 
+// Whether the lane's queries see any of the lane's keys, of a tile of so many.
+template <int kKeys>
+__device__ __forceinline__ void sees_any_key(const uint32_t (&words)[kLaneRows],
+                                             bool (&sees)[kLaneRows]) {
+  constexpr uint32_t kRuns = (1u << kKeys / 8) - 1;
+#pragma unroll
+  for (int r = 0; r < kLaneRows; ++r) sees[r] = words[r] & (kRuns | kRuns << kHalfWord);
+}
+
 // Values of keys that do not exist, but have a place in the array, become 0: they may hold
 // anything, and 0 times NaN is NaN. All threads of a warpgroup; each does it for itself.
 template <typename Config, int kQueries>

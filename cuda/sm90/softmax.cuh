@@ -1,8 +1,12 @@
 // The softmax of a lane's queries, whose keys come tile by tile:
-//   weight = exp2(factor * (logit - largest)), total = sum of weights, lse = log(total) + largest,
-// with the largest logit so far; what was summed before is rescaled when it moves. In long sums it
-// stays where it is as long as no weight passes 2^8, which every type holds as exactly as 1: most
-// tiles then need no rescaling.
+//   weight = 2^power, power = factor * logit - shift, total = sum of weights,
+//   lse = ln 2 (shift + log2(total)),
+// by a shift near the largest factor * logit so far. Where it moves, what was summed before
+// shrinks.
+//
+// Over few tiles it is the largest. In long sums it stays where it is as long as a tile's weights
+// are 2^14 at most, which every type holds as exactly as 1. Their sums tell whether they are, so
+// that exponentials need not wait for the largest logit.
 #pragma once
 
 #include "cuda/sm90/mask.cuh"
@@ -11,50 +15,70 @@ namespace jax_natten::sm90 {
 
 inline constexpr float kLn2 = 0.6931471805599453f;
 inline constexpr float kLog2E = 1.4426950408889634f;
-inline constexpr float kLogMostWeight = 8;
+inline constexpr float kMostWeight = 1 << 14;
 
 struct Softmax {
-  float factor;              // of logits, to powers of two; positive
-  float largest[kLaneRows];  // logit, or a little less, before the factor
-  float total[kLaneRows];    // of the lane's weights
+  float factor;            // of logits; positive
+  float shift[kLaneRows];  // -inf, which counts as 0, before the query's first key
+  float total[kLaneRows];  // of the lane's weights
 
   __device__ __forceinline__ explicit Softmax(float scale)
-      : factor(scale * kLog2E), largest{-INFINITY, -INFINITY}, total{0, 0} {}
+      : factor(scale * kLog2E), shift{-INFINITY, -INFINITY}, total{0, 0} {}
 
-  // Logits become weights; `shrink` is what earlier weights are to be multiplied by, 1 where the
-  // result is false.
-  template <bool kIsLong, int kCount>
-  __device__ __forceinline__ bool add(float (&s)[kCount], float (&shrink)[kLaneRows]) {
-    bool moves = !kIsLong;
+  __device__ __forceinline__ float finite_shift(int r) const {
+    return shift[r] == -INFINITY ? 0.f : shift[r];
+  }
+
+  // The weights of a tile's logits, as operands of a product, by shifts that are moved to the
+  // largest. What was summed before is to be multiplied by `shrink`.
+  template <typename Element, int kCount>
+  __device__ __forceinline__ void add_logits(float (&s)[kCount], uint32_t (&weights)[kCount / 2],
+                                             float (&shrink)[kLaneRows]) {
+    float top[kLaneRows], change[kLaneRows];
+    find_largest(s, top);
+#pragma unroll
+    for (int r = 0; r < kLaneRows; ++r) top[r] = top[r] * factor - finite_shift(r);
+    move(top, change, shrink);
+    to_powers(s);
+    float sum[kLaneRows];
+    weigh<Element>(s, weights, sum);
+#pragma unroll
+    for (int r = 0; r < kLaneRows; ++r) total[r] += sum[r];
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ void to_powers(float (&s)[kCount]) const {
+    const float finite[kLaneRows] = {finite_shift(0), finite_shift(1)};
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) s[i] = s[i] * factor - finite[i / 2 % 2];
+  }
+
+  // The same of a tile's powers, in a long sum. `sees`: whether the lane's queries see any of the
+  // lane's keys. Shifts stay, and `shrink` is not set, where the result is false, which it is for
+  // all lanes of a warp.
+  template <typename Element, int kCount>
+  __device__ __forceinline__ bool add_powers(float (&s)[kCount], const bool (&sees)[kLaneRows],
+                                             uint32_t (&weights)[kCount / 2],
+                                             float (&shrink)[kLaneRows]) {
+    float sum[kLaneRows];
+    weigh<Element>(s, weights, sum);
+    bool fits = true;
 #pragma unroll
     for (int r = 0; r < kLaneRows; ++r) {
-      float top = largest[r];
-#pragma unroll
-      for (int run = 0; run < kCount / 4; ++run) {
-        top = fmaxf(top, fmaxf(s[4 * run + 2 * r], s[4 * run + 2 * r + 1]));
-      }
-      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
-      if constexpr (kIsLong) {
-        const bool grows = top * factor > largest[r] * factor + kLogMostWeight;
-        if (!grows) top = largest[r];
-        moves = moves || grows;
-      }
-      const float shift = top == -INFINITY ? 0.f : top * factor;
-      shrink[r] = exp2_of(largest[r] * factor - shift);
-      largest[r] = top;
-      float sum = 0;
-#pragma unroll
-      for (int run = 0; run < kCount / 4; ++run) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& x = s[4 * run + 2 * r + e];
-          x = exp2_of(x * factor - shift);
-          sum += x;
-        }
-      }
-      total[r] = total[r] * shrink[r] + sum;
+      const bool is_first = shift[r] == -INFINITY && sees[r];
+      fits = fits && !is_first && sum[r] <= kMostWeight;
     }
+    const bool moves = __any_sync(kAllLanes, !fits);
+    if (moves) {
+      float top[kLaneRows], change[kLaneRows];
+      find_largest(s, top);
+      move(top, change, shrink);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) s[i] -= change[i / 2 % 2];
+      weigh<Element>(s, weights, sum);
+    }
+#pragma unroll
+    for (int r = 0; r < kLaneRows; ++r) total[r] += sum[r];
     return moves;
   }
 
@@ -67,8 +91,50 @@ struct Softmax {
     }
   }
 
-  __device__ __forceinline__ float lse(int r) const {
-    return largest[r] * factor * kLn2 + logf(total[r]);
+  __device__ __forceinline__ float lse(int r) const { return shift[r] * kLn2 + logf(total[r]); }
+
+ private:
+  template <int kCount>
+  __device__ __forceinline__ static void find_largest(const float (&s)[kCount],
+                                                      float (&top)[kLaneRows]) {
+#pragma unroll
+    for (int r = 0; r < kLaneRows; ++r) {
+      float x = -INFINITY;
+#pragma unroll
+      for (int run = 0; run < kCount / 4; ++run) {
+        x = fmaxf(x, fmaxf(s[4 * run + 2 * r], s[4 * run + 2 * r + 1]));
+      }
+      x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
+      top[r] = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
+    }
+  }
+
+  // Moves a shift up to the largest power, or to the first, by `change`.
+  __device__ __forceinline__ void move(const float (&top)[kLaneRows], float (&change)[kLaneRows],
+                                       float (&shrink)[kLaneRows]) {
+#pragma unroll
+    for (int r = 0; r < kLaneRows; ++r) {
+      const bool is_first = shift[r] == -INFINITY;
+      const bool moves = top[r] > (is_first ? -INFINITY : 0.f);
+      change[r] = moves ? top[r] : 0.f;
+      shrink[r] = is_first ? 1.f : exp2_of(-change[r]);
+      if (moves) shift[r] = finite_shift(r) + top[r];
+      total[r] *= shrink[r];
+    }
+  }
+
+  template <typename Element, int kCount>
+  __device__ __forceinline__ static void weigh(const float (&powers)[kCount],
+                                               uint32_t (&weights)[kCount / 2],
+                                               float (&sum)[kLaneRows]) {
+    sum[0] = sum[1] = 0;
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) {
+      const float low = exp2_of(powers[2 * i]), high = exp2_of(powers[2 * i + 1]);
+      sum[i % 2] += low;
+      sum[i % 2] += high;
+      weights[i] = pair<Element>(low, high);
+    }
   }
 };
 
