@@ -65,13 +65,7 @@ struct CautiousSoftmax {
   }
 
   // After the last tile: totals of the queries.
-  __device__ __forceinline__ void finish() {
-#pragma unroll
-    for (float& sum : total) {
-      sum += __shfl_xor_sync(kAllLanes, sum, 1);
-      sum += __shfl_xor_sync(kAllLanes, sum, 2);
-    }
-  }
+  __device__ __forceinline__ void finish() { add_up(total); }
 
   __device__ __forceinline__ float lse(int r) const {
     return largest[r] * factor * kLn2 + logf(total[r]);

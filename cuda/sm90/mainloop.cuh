@@ -170,6 +170,12 @@ struct Consumer {
       if (kMasked && clears) clear_values(plan);
     };
 
+    const auto wait_for_outputs = [&]() __attribute__((always_inline)) {
+      wait_for_products<0>();
+      pin(out);
+      pin(p);
+      give_back(shared.values, value);
+    };
     // The outputs of the tile whose weights are there.
     const auto apply_weights = [&]() __attribute__((always_inline)) {
       shared.values[value.place].full.wait(value.parity);
@@ -177,10 +183,7 @@ struct Consumer {
       pin(p);
       begin_products();
       begin_outputs(out, p);
-      wait_for_products<0>();
-      pin(out);
-      pin(p);
-      give_back(shared.values, value);
+      wait_for_outputs();
     };
 
     // Both: the outputs of the tile whose weights are there, and the weights of the next one.
@@ -203,12 +206,6 @@ struct Consumer {
       pin(s);
       give_back(shared.keys, key);
       if constexpr (kMasked) apply_mask(s, words);
-      const auto wait_for_outputs = [&]() __attribute__((always_inline)) {
-        wait_for_products<0>();
-        pin(out);
-        pin(p);
-        give_back(shared.values, value);
-      };
       if constexpr (Config::kHasBias) {
         const bool moves = __any_sync(kAllLanes, softmax.template add<true>(s, shrink));
         compute_first(softmax.total[0] + softmax.total[1], shared.own_out);

@@ -17,6 +17,15 @@ inline constexpr float kLn2 = 0.6931471805599453f;
 inline constexpr float kLog2E = 1.4426950408889634f;
 inline constexpr float kMostWeight = 1 << 14;
 
+// Sums of a lane become those of the lanes that share its queries.
+__device__ __forceinline__ void add_up(float (&sums)[kLaneRows]) {
+#pragma unroll
+  for (float& sum : sums) {
+    sum += __shfl_xor_sync(kAllLanes, sum, 1);
+    sum += __shfl_xor_sync(kAllLanes, sum, 2);
+  }
+}
+
 struct Softmax {
   float factor;            // of logits; positive
   float shift[kLaneRows];  // -inf, which counts as 0, before the query's first key
@@ -46,6 +55,7 @@ struct Softmax {
     for (int r = 0; r < kLaneRows; ++r) total[r] += sum[r];
   }
 
+  // Logits become powers, by the shifts as they are.
   template <int kCount>
   __device__ __forceinline__ void to_powers(float (&s)[kCount]) const {
     const float finite[kLaneRows] = {finite_shift(0), finite_shift(1)};
@@ -83,13 +93,7 @@ struct Softmax {
   }
 
   // After the last tile: totals of the queries.
-  __device__ __forceinline__ void finish() {
-#pragma unroll
-    for (float& sum : total) {
-      sum += __shfl_xor_sync(kAllLanes, sum, 1);
-      sum += __shfl_xor_sync(kAllLanes, sum, 2);
-    }
-  }
+  __device__ __forceinline__ void finish() { add_up(total); }
 
   __device__ __forceinline__ float lse(int r) const { return shift[r] * kLn2 + logf(total[r]); }
 
