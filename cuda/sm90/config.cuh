@@ -144,10 +144,8 @@ struct Shared {
       keys[i].free.init(kWarpgroup * Config::kConsumers);
       values[i].free.init(kWarpgroup * Config::kConsumers);
     }
-    if constexpr (!Config::kHasBias) {
-      for (auto& of_consumer : turns) {
-        for (Barrier& turn : of_consumer) turn.init(1);
-      }
+    for (auto& of_consumer : turns) {
+      for (Barrier& turn : of_consumer) turn.init(1);
     }
     publish_barriers();
   }

@@ -59,8 +59,7 @@ struct Epilogue {
   }
 
   template <typename Plan>
-  __device__ __forceinline__ void run(const Plan& plan, SoftmaxOf<Config>& softmax,
-                                      float (&out)[kOutputs]) {
+  __device__ __forceinline__ void run(const Plan& plan, Softmax& softmax, float (&out)[kOutputs]) {
     softmax.finish();
     float factor[kLaneRows];
 #pragma unroll

@@ -20,7 +20,7 @@ __device__ void consume(Shared<Config>& shared, const Maps& maps, const Tensor<f
     Handover& handover = shared.plans[plans.place];
     shared.windows[plans.place].wait(plans.parity);
     const auto& plan = shared.plan[plans.place];
-    SoftmaxOf<Config> softmax(shape.scale);
+    Softmax softmax(shape.scale);
     float out[Consumer<Config>::kOutputs];
 #pragma unroll
     for (float& x : out) x = 0;

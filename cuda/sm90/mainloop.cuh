@@ -3,19 +3,15 @@
 //
 // In large blocks the product p v of a tile and the one of the next tile's s are begun together, by
 // one consumer after the other: while the matrix units work on those of one, the others take their
-// exponentials. With biases consumers take no turns: each takes the exponentials of a tile while
-// the matrix units work on its own product p v. Whether a tile needs a mask is asked between two
-// tiles, when no product is under way.
+// exponentials. Whether a tile needs a mask is asked between two tiles, when no product is under
+// way.
 #pragma once
 
 #include "cuda/sm90/bias.cuh"
-#include "cuda/sm90/cautious_softmax.cuh"
 #include "cuda/sm90/products.cuh"
+#include "cuda/sm90/softmax.cuh"
 
 namespace jax_natten::sm90 {
-
-template <typename Config>
-using SoftmaxOf = std::conditional_t<Config::kHasBias, CautiousSoftmax, Softmax>;
 
 // Where a product finds an operand in swizzled shared memory: its address and, where the summed
 // index runs over its rows, the distance of its chunks, in units of 16 bytes. All that changes
@@ -38,7 +34,6 @@ struct Consumer {
   using KeyRow = typename Config::KeyRow;
   using ValueRow = typename Config::ValueRow;
   static constexpr int kKeys = Config::kKeys;
-  static constexpr bool kTakesTurns = Config::kConsumers > 1 && !Config::kHasBias;
   static constexpr int kLogits = kKeys / 2, kOutputs = ValueRow::kDim / 2;  // of a lane
 
   Shared<Config>& shared;
@@ -105,13 +100,13 @@ struct Consumer {
   // units would else serve them alternately: all would wait for the products of all, and then all
   // would take exponentials.
   __device__ __forceinline__ void take_turn() {
-    if constexpr (kTakesTurns) {
+    if constexpr (Config::kConsumers > 1) {
       shared.turns[number][warp_of_warpgroup()].wait(turn);
       turn ^= 1;
     }
   }
   __device__ __forceinline__ void pass_turn() {
-    if constexpr (kTakesTurns) {
+    if constexpr (Config::kConsumers > 1) {
       const int next = number + 1 < Config::kConsumers ? number + 1 : 0;
       if (lane_id() == 0) shared.turns[next][warp_of_warpgroup()].arrive();
     }
@@ -135,8 +130,8 @@ struct Consumer {
   // All tiles of keys of a plan, which has at least one; after_queries() once the queries have been
   // read for the last time.
   template <typename Plan, typename AfterQueries>
-  __device__ __forceinline__ void run(const Plan& plan, SoftmaxOf<Config>& softmax,
-                                      float (&out)[kOutputs], AfterQueries&& after_queries) {
+  __device__ __forceinline__ void run(const Plan& plan, Softmax& softmax, float (&out)[kOutputs],
+                                      AfterQueries&& after_queries) {
     const int tiles = plan.tile_count();
     const bool clears = plan.has_missing_keys;
     int tile = 0;
@@ -159,14 +154,8 @@ struct Consumer {
       pin(s);
       give_back(shared.keys, key);
       if constexpr (kMasked) apply_mask(s, words);
-      if constexpr (Config::kHasBias) {
-        softmax.template add<Config::kOverlaps>(s, shrink);
-        if constexpr (!Config::kOverlaps) scale_rows(out, shrink);
-        softmax.template round<Element>(s, p);
-      } else {
-        softmax.template add_logits<Element>(s, p, shrink);
-        if constexpr (!Config::kOverlaps) scale_rows(out, shrink);
-      }
+      softmax.template add<Element>(s, p, shrink);
+      if constexpr (!Config::kOverlaps) scale_rows(out, shrink);
       if (kMasked && clears) clear_values(plan);
     };
 
@@ -206,19 +195,10 @@ struct Consumer {
       pin(s);
       give_back(shared.keys, key);
       if constexpr (kMasked) apply_mask(s, words);
-      if constexpr (Config::kHasBias) {
-        const bool moves = __any_sync(kAllLanes, softmax.template add<true>(s, shrink));
-        compute_first(softmax.total[0] + softmax.total[1], shared.own_out);
-        wait_for_outputs();
-        softmax.template round<Element>(s, p);
-        if (moves) scale_rows(out, shrink);
-      } else {
-        softmax.to_powers(s);
-        wait_for_outputs();
-        bool sees[kLaneRows] = {true, true};
-        if constexpr (kMasked) sees_any_key<kKeys>(words, sees);
-        if (softmax.template add_powers<Element>(s, sees, p, shrink)) scale_rows(out, shrink);
-      }
+      wait_for_outputs();
+      bool sees[kLaneRows] = {true, true};
+      if constexpr (kMasked) sees_any_key<kKeys>(words, sees);
+      if (softmax.template add_to_many<Element>(s, sees, p, shrink)) scale_rows(out, shrink);
       if (kMasked && clears) clear_values(plan);
     };
 

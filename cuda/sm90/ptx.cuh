@@ -121,14 +121,6 @@ template <int kGroups>
 __device__ __forceinline__ void wait_for_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
 }
-// Holds what waits for products after it back until x, which is not negative, has been computed: by
-// a store that never happens. The compiler would move the wait up, before what the products are to
-// be computed behind.
-__device__ __forceinline__ void compute_first(float x, void* shared) {
-  asm volatile("{.reg .pred p; setp.lt.f32 p, %0, 0f00000000; @p st.shared.f32 [%1], %0;}" ::"f"(x),
-               "r"(shared_address(shared))
-               : "memory");
-}
 // Keeps the compiler from moving or copying registers that products read and write.
 template <int kCount>
 __device__ __forceinline__ void pin(float (&x)[kCount]) {

@@ -1,6 +1,5 @@
 // The softmax of a lane's queries, whose keys come tile by tile:
-//   weight = 2^power, power = factor * logit - shift, total = sum of weights,
-//   lse = ln 2 (shift + log2(total)),
+//   weight = 2^(factor * logit - shift), total = sum of weights, lse = ln 2 (shift + log2(total)),
 // by a shift near the largest factor * logit so far. Where it moves, what was summed before
 // shrinks.
 //
@@ -34,42 +33,24 @@ struct Softmax {
   __device__ __forceinline__ explicit Softmax(float scale)
       : factor(scale * kLog2E), shift{-INFINITY, -INFINITY}, total{0, 0} {}
 
-  __device__ __forceinline__ float finite_shift(int r) const {
-    return shift[r] == -INFINITY ? 0.f : shift[r];
-  }
-
   // The weights of a tile's logits, as operands of a product, by shifts that are moved to the
   // largest. What was summed before is to be multiplied by `shrink`.
   template <typename Element, int kCount>
-  __device__ __forceinline__ void add_logits(float (&s)[kCount], uint32_t (&weights)[kCount / 2],
-                                             float (&shrink)[kLaneRows]) {
-    float top[kLaneRows], change[kLaneRows];
-    find_largest(s, top);
-#pragma unroll
-    for (int r = 0; r < kLaneRows; ++r) top[r] = top[r] * factor - finite_shift(r);
-    move(top, change, shrink);
-    to_powers(s);
+  __device__ __forceinline__ void add(const float (&s)[kCount], uint32_t (&weights)[kCount / 2],
+                                      float (&shrink)[kLaneRows]) {
     float sum[kLaneRows];
+    move(s, shrink);
     weigh<Element>(s, weights, sum);
 #pragma unroll
     for (int r = 0; r < kLaneRows; ++r) total[r] += sum[r];
   }
 
-  // Logits become powers, by the shifts as they are.
-  template <int kCount>
-  __device__ __forceinline__ void to_powers(float (&s)[kCount]) const {
-    const float finite[kLaneRows] = {finite_shift(0), finite_shift(1)};
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) s[i] = s[i] * factor - finite[i / 2 % 2];
-  }
-
-  // The same of a tile's powers, in a long sum. `sees`: whether the lane's queries see any of the
-  // lane's keys. Shifts stay, and `shrink` is not set, where the result is false, which it is for
-  // all lanes of a warp.
+  // The same in a long sum. `sees`: whether the lane's queries see any of the lane's keys. Shifts
+  // stay, and `shrink` is not set, where the result is false, which it is for all lanes of a warp.
   template <typename Element, int kCount>
-  __device__ __forceinline__ bool add_powers(float (&s)[kCount], const bool (&sees)[kLaneRows],
-                                             uint32_t (&weights)[kCount / 2],
-                                             float (&shrink)[kLaneRows]) {
+  __device__ __forceinline__ bool add_to_many(float (&s)[kCount], const bool (&sees)[kLaneRows],
+                                              uint32_t (&weights)[kCount / 2],
+                                              float (&shrink)[kLaneRows]) {
     float sum[kLaneRows];
     weigh<Element>(s, weights, sum);
     bool fits = true;
@@ -80,11 +61,8 @@ struct Softmax {
     }
     const bool moves = __any_sync(kAllLanes, !fits);
     if (moves) {
-      float top[kLaneRows], change[kLaneRows];
-      find_largest(s, top);
-      move(top, change, shrink);
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) s[i] -= change[i / 2 % 2];
+      pin(s);  // else products with the factor would be kept for this
+      move(s, shrink);
       weigh<Element>(s, weights, sum);
     }
 #pragma unroll
@@ -98,43 +76,39 @@ struct Softmax {
   __device__ __forceinline__ float lse(int r) const { return shift[r] * kLn2 + logf(total[r]); }
 
  private:
-  template <int kCount>
-  __device__ __forceinline__ static void find_largest(const float (&s)[kCount],
-                                                      float (&top)[kLaneRows]) {
-#pragma unroll
-    for (int r = 0; r < kLaneRows; ++r) {
-      float x = -INFINITY;
-#pragma unroll
-      for (int run = 0; run < kCount / 4; ++run) {
-        x = fmaxf(x, fmaxf(s[4 * run + 2 * r], s[4 * run + 2 * r + 1]));
-      }
-      x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
-      top[r] = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
-    }
+  __device__ __forceinline__ float finite_shift(int r) const {
+    return shift[r] == -INFINITY ? 0.f : shift[r];
   }
 
-  // Moves a shift up to the largest power, or to the first, by `change`.
-  __device__ __forceinline__ void move(const float (&top)[kLaneRows], float (&change)[kLaneRows],
-                                       float (&shrink)[kLaneRows]) {
+  // Moves shifts up to the largest logits, or to the first.
+  template <int kCount>
+  __device__ __forceinline__ void move(const float (&s)[kCount], float (&shrink)[kLaneRows]) {
 #pragma unroll
     for (int r = 0; r < kLaneRows; ++r) {
-      const bool is_first = shift[r] == -INFINITY;
-      const bool moves = top[r] > (is_first ? -INFINITY : 0.f);
-      change[r] = moves ? top[r] : 0.f;
-      shrink[r] = is_first ? 1.f : exp2_of(-change[r]);
-      if (moves) shift[r] = finite_shift(r) + top[r];
+      float top = -INFINITY;
+#pragma unroll
+      for (int run = 0; run < kCount / 4; ++run) {
+        top = fmaxf(top, fmaxf(s[4 * run + 2 * r], s[4 * run + 2 * r + 1]));
+      }
+      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
+      const float before = shift[r];
+      shift[r] = fmaxf(before, top * factor);
+      shrink[r] = exp2_of(before - finite_shift(r));
       total[r] *= shrink[r];
     }
   }
 
+  // Weights by the shifts as they are, and the sum of the lane's.
   template <typename Element, int kCount>
-  __device__ __forceinline__ static void weigh(const float (&powers)[kCount],
-                                               uint32_t (&weights)[kCount / 2],
-                                               float (&sum)[kLaneRows]) {
+  __device__ __forceinline__ void weigh(const float (&s)[kCount], uint32_t (&weights)[kCount / 2],
+                                        float (&sum)[kLaneRows]) const {
+    const float finite[kLaneRows] = {finite_shift(0), finite_shift(1)};
     sum[0] = sum[1] = 0;
 #pragma unroll
     for (int i = 0; i < kCount / 2; ++i) {
-      const float low = exp2_of(powers[2 * i]), high = exp2_of(powers[2 * i + 1]);
+      const float low = exp2_of(s[2 * i] * factor - finite[i % 2]);
+      const float high = exp2_of(s[2 * i + 1] * factor - finite[i % 2]);
       sum[i % 2] += low;
       sum[i % 2] += high;
       weights[i] = pair<Element>(low, high);
