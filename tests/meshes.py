@@ -1,7 +1,8 @@
-"""Meshes of the virtual devices, and which collectives a program holds."""
+"""Meshes of devices, and which collectives a program holds."""
 
 import re
 from collections import Counter
+from math import prod
 
 import jax
 from jax.sharding import AxisType, NamedSharding
@@ -9,10 +10,15 @@ from jax.sharding import AxisType, NamedSharding
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 
 
-def make_mesh(kind: str, shape: tuple = (2, 2), names: tuple = ("data", "model")) -> jax.sharding.Mesh:
-    """A mesh whose axes are all "auto" or all "explicit"."""
-    axis_type = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}[kind]
-    return jax.make_mesh(shape, names, axis_types=(axis_type,) * len(shape))
+AXIS_TYPES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+
+
+def make_mesh(kind, shape: tuple = (2, 2), names: tuple = ("data", "model")) -> jax.sharding.Mesh:
+    """A mesh whose axes are "auto" or "explicit", all or one by one; of CPU devices where there are too few others."""
+    kinds = (kind,) * len(shape) if isinstance(kind, str) else kind
+    devices = jax.devices() if prod(shape) <= jax.device_count() else jax.devices("cpu")
+    types = tuple(AXIS_TYPES[kind] for kind in kinds)
+    return jax.make_mesh(shape, names, axis_types=types, devices=devices[: prod(shape)])
 
 
 def put(mesh, arrays, specs) -> tuple:

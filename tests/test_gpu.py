@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
+from meshes import make_mesh, put, run
 from problems import PROBLEMS, Problem, check_fused, check_unfused, fused, precise, unfused
 from tolerances import assert_close
 
@@ -343,11 +345,21 @@ def test_calls_from_several_threads():
 
 
 @gpu
-def test_every_gpu_takes_a_share():
-    devices = jax.devices()
-    mesh = jax.sharding.Mesh(np.array(devices), ("data",))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    x = jax.random.normal(jax.random.key(0), (2 * len(devices), 8, 9, 2, 16))
-    out = jax.jit(step, in_shardings=sharding, out_shardings=sharding)(x)
-    assert out.sharding.is_equivalent_to(sharding, x.ndim)
-    assert_close(out, jax.jit(step)(x))
+@pytest.mark.parametrize("axis", ["batch", "heads", "space"])
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_every_gpu_takes_a_share(kind, axis):
+    """Of samples and heads without communication."""
+    count = jax.device_count()
+    mesh = make_mesh(kind, (count,), ("gpus",))
+    spec = P(*("gpus" if axis == name else None for name in ("batch", "space", None, "heads")))
+    shape = (2 * count, 4 * count, 9, 2 * count, 16)
+    arrays = [jax.random.normal(jax.random.key(i), shape) for i in range(3)]
+
+    def loss(q, k, v):
+        return jnp.sum(jnp.sin(jn.na2d(q, k, v, kernel_size=(3, 4), dilation=(1, 2), backend="native")))
+
+    gradient = jax.grad(loss, (0, 1, 2))
+    actual, communication = run(mesh, gradient, *put(mesh, arrays, [spec] * 3))
+    for a, e in zip(actual, jax.jit(gradient)(*arrays), strict=True):
+        assert_close(a, e, factor=4)
+    assert bool(communication) == (axis == "space" and count > 1)
