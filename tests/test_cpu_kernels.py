@@ -15,6 +15,8 @@ from tolerances import assert_close
 
 _cpu = pytest.importorskip("jax_natten._cpu")
 
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
 # Each has several tiles; rows are no multiple of a panel of channels, and most have more than one.
 PROBLEMS = {
     "sequence": Problem(spatial=(300,), kernel_size=37, dim=40, value_dim=72, batch=2),

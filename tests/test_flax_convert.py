@@ -17,6 +17,8 @@ from flax_layers import (
     to_natten,
 )
 
+pytestmark = pytest.mark.usefixtures("accurate_products")
+
 LAYERS = {1: NeighborhoodAttention1D, 2: NeighborhoodAttention2D, 3: NeighborhoodAttention3D}
 GOLDENS = Path(__file__).parents[1].parent / "shared" / "goldens"
 CHANNELS = 8

@@ -10,6 +10,8 @@ from tolerances import assert_close
 
 from flax_layers import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
 
+pytestmark = pytest.mark.usefixtures("accurate_products")
+
 LAYERS = {1: NeighborhoodAttention1D, 2: NeighborhoodAttention2D, 3: NeighborhoodAttention3D}
 HEADS, CHANNELS = 2, 6
 TINY = {"num_heads": HEADS, "kernel_size": 3}
