@@ -8,12 +8,12 @@ import jax
 from jax.sharding import AxisType, NamedSharding
 
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
-
-
 AXIS_TYPES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 
 
-def make_mesh(kind, shape: tuple = (2, 2), names: tuple = ("data", "model")) -> jax.sharding.Mesh:
+def make_mesh(
+    kind: str | tuple[str, ...], shape: tuple = (2, 2), names: tuple = ("data", "model")
+) -> jax.sharding.Mesh:
     """A mesh whose axes are "auto" or "explicit", all or one by one; of CPU devices where there are too few others."""
     kinds = (kind,) * len(shape) if isinstance(kind, str) else kind
     devices = jax.devices() if prod(shape) <= jax.device_count() else jax.devices("cpu")

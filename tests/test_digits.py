@@ -1,6 +1,5 @@
 """The example on a handful of digits: training, checkpoints, Ctrl-C, going on, and the picture."""
 
-import functools
 import importlib.util
 import signal
 from pathlib import Path
@@ -94,10 +93,7 @@ def test_run_interrupt_and_go_on(example, main, tmp_path, monkeypatch):
     assert status == 0 and f"Going on from step {STEPS + 2} of {EPOCHS * STEPS}" in printed
     step, parts = checkpoint(example, tmp_path / "parts")
     assert step == EPOCHS * STEPS and len(parts["record"]["history"]) == EPOCHS
-    same = np.testing.assert_array_equal
-    if jax.default_backend() != "cpu":  # equal bits are not promised of what XLA computes there
-        same = functools.partial(np.testing.assert_allclose, rtol=1e-2, atol=1e-5)
-    jax.tree.map(same, parts["state"], whole["state"])
+    jax.tree.map(np.testing.assert_array_equal, parts["state"], whole["state"])
 
     (tmp_path / "parts" / "digits.png").unlink()
     status, printed = main(tmp_path / "parts")

@@ -345,10 +345,21 @@ def test_calls_from_several_threads():
 
 
 @gpu
+def test_every_gpu_takes_a_share():
+    devices = jax.devices()
+    mesh = jax.sharding.Mesh(np.array(devices), ("data",))
+    sharding = jax.sharding.NamedSharding(mesh, P("data"))
+    x = jax.random.normal(jax.random.key(0), (2 * len(devices), 8, 9, 2, 16))
+    out = jax.jit(step, in_shardings=sharding, out_shardings=sharding)(x)
+    assert out.sharding.is_equivalent_to(sharding, x.ndim)
+    assert_close(out, jax.jit(step)(x))
+
+
+@gpu
 @pytest.mark.parametrize("axis", ["batch", "heads", "space"])
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
-def test_every_gpu_takes_a_share(kind, axis):
-    """Of samples and heads without communication."""
+def test_sharded_gradients(kind, axis):
+    """Over all GPUs; samples and heads without communication."""
     count = jax.device_count()
     mesh = make_mesh(kind, (count,), ("gpus",))
     spec = P(*("gpus" if axis == name else None for name in ("batch", "space", None, "heads")))
