@@ -75,6 +75,9 @@ struct Config {
   static_assert(!kMovesRegisters || kConsumers * kConsumerRegisters + kHelperRegisters <=
                                         (kConsumers + 1) * kLaunchRegisters);
 
+  // Whether a tile's logits are kept until its weights are known to be right, see Softmax.
+  static constexpr bool kKeepsLogits = kOverlaps || kKeys >= 128;
+
   static constexpr int kQueries = kConsumers * kRows;
   static constexpr int kOtherBytes =  // plans, biases, masks and barriers
       2 * (sizeof(Plan<kQueries>) + 4 * kBiases) + kStages * sizeof(TileMask<kQueries>) + 1024;

@@ -68,20 +68,21 @@ struct Epilogue {
       int64_t token = 0;
       bool exists = lane_id() % 4 == 0;
       for (int a = 0; a < kAxes; ++a) {
+        const auto length = static_cast<int>(problem.query_shape[a]);
         step[a] = step_of_row(shape, number, lane_row(r), a);
-        const int64_t index = plan.query[a] + step[a] * problem.window[a].dilation;
-        exists = exists && index < problem.query_shape[a];
-        token = token * problem.query_shape[a] + index;
+        const int index = plan.query[a] + step[a] * static_cast<int>(problem.window[a].dilation);
+        exists = exists && index < length;
+        token = token * length + index;
       }
       // Tiles without a mask are seen whole by the queries that see any key; others stay empty.
       const bool empty = !sees_any(plan, shape, step) || softmax.total[r] == 0;
-      factor[r] = empty ? 0.f : 1 / softmax.total[r];
+      factor[r] = empty ? 0.f : reciprocal_of(softmax.total[r]);
       if (exists) {
         lse.head(plan.sample, plan.head).row(token)[0] = empty ? -INFINITY : softmax.lse(r);
       }
-      if (empty) {
+      if (__any_sync(kAllLanes, empty)) {
         for (int i = 0; i < kOutputs; ++i) {
-          if (i / 2 % 2 == r) out[i] = 0;
+          if (empty && i / 2 % 2 == r) out[i] = 0;
         }
       }
     }

@@ -137,9 +137,20 @@ struct Consumer {
     int tile = 0;
     float s[kLogits];
     uint32_t p[kLogits / 2];
-    float shrink[kLaneRows];
 
-    // The weights of the next tile.
+    // The weights of the next tile's logits, of which `words` tell what is seen.
+    const auto add_weights =
+        [&](auto masked, bool is_first, const uint32_t (&words)[kLaneRows])
+            __attribute__((always_inline)) {
+              float shrink[kLaneRows];
+              bool sees[kLaneRows] = {true, true};
+              if constexpr (decltype(masked)::value) sees_any_key<kKeys>(words, sees);
+              const bool moves =
+                  softmax.template add<Element, Config::kKeepsLogits>(s, sees, is_first, p, shrink);
+              if (moves && !is_first) scale_rows(out, shrink);
+            };
+
+    // The logits of the next tile, and their weights.
     const auto weigh = [&](auto masked) __attribute__((always_inline)) {
       constexpr bool kMasked = decltype(masked)::value;
       uint32_t words[kLaneRows];
@@ -154,8 +165,7 @@ struct Consumer {
       pin(s);
       give_back(shared.keys, key);
       if constexpr (kMasked) apply_mask(s, words);
-      softmax.template add<Element>(s, p, shrink);
-      if constexpr (!Config::kOverlaps) scale_rows(out, shrink);
+      add_weights(masked, Config::kOverlaps || tile == 0, words);
       if (kMasked && clears) clear_values(plan);
     };
 
@@ -196,9 +206,7 @@ struct Consumer {
       give_back(shared.keys, key);
       if constexpr (kMasked) apply_mask(s, words);
       wait_for_outputs();
-      bool sees[kLaneRows] = {true, true};
-      if constexpr (kMasked) sees_any_key<kKeys>(words, sees);
-      if (softmax.template add_to_many<Element>(s, sees, p, shrink)) scale_rows(out, shrink);
+      add_weights(masked, false, words);
       if (kMasked && clears) clear_values(plan);
     };
 

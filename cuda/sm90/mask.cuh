@@ -50,7 +50,8 @@ struct LaneMask {
                                        uint32_t (&words)[kLaneRows]) const {
 #pragma unroll
     for (int r = 0; r < kLaneRows; ++r) {
-      words[r] = mask.words[at[r][0]] & mask.words[at[r][1]] & mask.words[at[r][2]];
+      const auto& [x, y, z] = at[r];
+      words[r] = conjunction(mask.words[x], mask.words[y], mask.words[z]);
     }
   }
 };

@@ -148,6 +148,22 @@ __device__ __forceinline__ float exp2_of(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
+__device__ __forceinline__ float log2_of(float x) {
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+__device__ __forceinline__ float reciprocal_of(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+// x & y & z in one instruction, which no later one is joined with.
+__device__ __forceinline__ uint32_t conjunction(uint32_t x, uint32_t y, uint32_t z) {
+  uint32_t result;
+  asm volatile("lop3.b32 %0, %1, %2, %3, 0x80;" : "=r"(result) : "r"(x), "r"(y), "r"(z));
+  return result;
+}
 template <typename Element>
 __device__ __forceinline__ uint32_t pair(float low, float high);
 template <>

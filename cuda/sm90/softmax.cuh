@@ -1,11 +1,13 @@
 // The softmax of a lane's queries, whose keys come tile by tile:
 //   weight = 2^(factor * logit - shift), total = sum of weights, lse = ln 2 (shift + log2(total)),
 // by a shift near the largest factor * logit so far. Where it moves, what was summed before
-// shrinks.
+// shrinks. It stays where it is as long as weights are 2^14 at most, which every type holds as
+// exactly as 1.
 //
-// Over few tiles it is the largest. In long sums it stays where it is as long as a tile's weights
-// are 2^14 at most, which every type holds as exactly as 1. Their sums tell whether they are, so
-// that exponentials need not wait for the largest logit.
+// In sums over many tiles the sums of weights tell whether they are, so that exponentials need not
+// wait for the largest logit; where they are not, weights are taken anew. Over few tiles, of which
+// many are the first that some query sees, or where registers do not hold the logits for that, the
+// largest logits of the lanes tell.
 #pragma once
 
 #include "cuda/sm90/mask.cuh"
@@ -14,16 +16,8 @@ namespace jax_natten::sm90 {
 
 inline constexpr float kLn2 = 0.6931471805599453f;
 inline constexpr float kLog2E = 1.4426950408889634f;
+inline constexpr float kMostLogWeight = 14;
 inline constexpr float kMostWeight = 1 << 14;
-
-// Sums of a lane become those of the lanes that share its queries.
-__device__ __forceinline__ void add_up(float (&sums)[kLaneRows]) {
-#pragma unroll
-  for (float& sum : sums) {
-    sum += __shfl_xor_sync(kAllLanes, sum, 1);
-    sum += __shfl_xor_sync(kAllLanes, sum, 2);
-  }
-}
 
 struct Softmax {
   float factor;            // of logits; positive
@@ -33,36 +27,33 @@ struct Softmax {
   __device__ __forceinline__ explicit Softmax(float scale)
       : factor(scale * kLog2E), shift{-INFINITY, -INFINITY}, total{0, 0} {}
 
-  // The weights of a tile's logits, as operands of a product, by shifts that are moved to the
-  // largest. What was summed before is to be multiplied by `shrink`.
-  template <typename Element, int kCount>
-  __device__ __forceinline__ void add(const float (&s)[kCount], uint32_t (&weights)[kCount / 2],
+  // The weights of a tile's logits, as operands of a product. `sees`: whether the lane's queries
+  // see any of the lane's keys; is_first: whether nothing was added before. Shifts move at a
+  // query's first key and where they have to. If so, for all lanes of a warp, the result is true
+  // and what was summed before is to be multiplied by `shrink`, which is not set else.
+  template <typename Element, bool kKeepsLogits, int kCount>
+  __device__ __forceinline__ bool add(float (&s)[kCount], const bool (&sees)[kLaneRows],
+                                      bool is_first, uint32_t (&weights)[kCount / 2],
                                       float (&shrink)[kLaneRows]) {
-    float sum[kLaneRows];
-    move(s, shrink);
-    weigh<Element>(s, weights, sum);
-#pragma unroll
-    for (int r = 0; r < kLaneRows; ++r) total[r] += sum[r];
-  }
-
-  // The same in a long sum. `sees`: whether the lane's queries see any of the lane's keys. Shifts
-  // stay, and `shrink` is not set, where the result is false, which it is for all lanes of a warp.
-  template <typename Element, int kCount>
-  __device__ __forceinline__ bool add_to_many(float (&s)[kCount], const bool (&sees)[kLaneRows],
-                                              uint32_t (&weights)[kCount / 2],
-                                              float (&shrink)[kLaneRows]) {
-    float sum[kLaneRows];
-    weigh<Element>(s, weights, sum);
-    bool fits = true;
-#pragma unroll
-    for (int r = 0; r < kLaneRows; ++r) {
-      const bool is_first = shift[r] == -INFINITY && sees[r];
-      fits = fits && !is_first && sum[r] <= kMostWeight;
-    }
-    const bool moves = __any_sync(kAllLanes, !fits);
-    if (moves) {
-      pin(s);  // else products with the factor would be kept for this
-      move(s, shrink);
+    float sum[kLaneRows], top[kLaneRows];
+    bool moves = is_first;
+    if constexpr (kKeepsLogits) {
+      if (!is_first) {
+        weigh<Element>(s, weights, sum);
+        moves = any_row([&](int r) { return sees_first(r, sees) || !(sum[r] <= kMostWeight); });
+      }
+      if (moves) {
+        pin(s);  // else products with the factor would be kept for this
+        find_largest(s, top);
+        move(top, shrink);
+        weigh<Element>(s, weights, sum);
+      }
+    } else {
+      find_largest(s, top);
+      moves = any_row([&](int r) {
+        return sees_first(r, sees) || !(top[r] * factor <= shift[r] + kMostLogWeight);
+      });
+      if (moves) move(top, shrink);
       weigh<Element>(s, weights, sum);
     }
 #pragma unroll
@@ -70,30 +61,59 @@ struct Softmax {
     return moves;
   }
 
-  // After the last tile: totals of the queries.
-  __device__ __forceinline__ void finish() { add_up(total); }
+  // After the last tile: a lane's totals become those of the lanes that share its queries.
+  __device__ __forceinline__ void finish() {
+#pragma unroll
+    for (float& sum : total) {
+      sum += __shfl_xor_sync(kAllLanes, sum, 1);
+      sum += __shfl_xor_sync(kAllLanes, sum, 2);
+    }
+  }
 
-  __device__ __forceinline__ float lse(int r) const { return shift[r] * kLn2 + logf(total[r]); }
+  __device__ __forceinline__ float lse(int r) const {
+    return kLn2 * (shift[r] + log2_of(total[r]));
+  }
 
  private:
+  // Whether something holds for any query of any lane of the warp.
+  template <typename Predicate>
+  __device__ __forceinline__ static bool any_row(Predicate&& predicate) {
+    bool any = false;
+#pragma unroll
+    for (int r = 0; r < kLaneRows; ++r) any = any || predicate(r);
+    return __any_sync(kAllLanes, any);
+  }
+
+  __device__ __forceinline__ bool sees_first(int r, const bool (&sees)[kLaneRows]) const {
+    return shift[r] == -INFINITY && sees[r];
+  }
+
   __device__ __forceinline__ float finite_shift(int r) const {
     return shift[r] == -INFINITY ? 0.f : shift[r];
   }
 
-  // Moves shifts up to the largest logits, or to the first.
+  // The largest of the lane's logits.
   template <int kCount>
-  __device__ __forceinline__ void move(const float (&s)[kCount], float (&shrink)[kLaneRows]) {
+  __device__ __forceinline__ static void find_largest(const float (&s)[kCount],
+                                                      float (&top)[kLaneRows]) {
 #pragma unroll
     for (int r = 0; r < kLaneRows; ++r) {
-      float top = -INFINITY;
+      top[r] = -INFINITY;
 #pragma unroll
       for (int run = 0; run < kCount / 4; ++run) {
-        top = fmaxf(top, fmaxf(s[4 * run + 2 * r], s[4 * run + 2 * r + 1]));
+        top[r] = fmaxf(top[r], fmaxf(s[4 * run + 2 * r], s[4 * run + 2 * r + 1]));
       }
-      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
+    }
+  }
+
+  // Moves shifts up to the largest logits, or to the first.
+  __device__ __forceinline__ void move(float (&top)[kLaneRows], float (&shrink)[kLaneRows]) {
+#pragma unroll
+    for (int r = 0; r < kLaneRows; ++r) {
+      top[r] = fmaxf(top[r], __shfl_xor_sync(kAllLanes, top[r], 1));
+      top[r] = fmaxf(top[r], __shfl_xor_sync(kAllLanes, top[r], 2));
       const float before = shift[r];
-      shift[r] = fmaxf(before, top * factor);
+      shift[r] = fmaxf(before, top[r] * factor);
       shrink[r] = exp2_of(before - finite_shift(r));
       total[r] *= shrink[r];
     }
