@@ -33,15 +33,22 @@ cudaError_t run_operation(cudaStream_t stream, const BackwardArrays<Element>& ar
     }
     if (copies == 0 || sizeof(Queries) > limit || sizeof(Keys) > limit) return kNotServed;
 
-    cudaError_t error = with_tiling<Queries, LargeQueries, Side::kQueries, kMayBeLarge>(
-        problem, rank, kLargeTileGain<kDim>, [&](const Tiling& tiling, auto rows) {
-          constexpr int kRows = decltype(rows)::value;
-          return launch_tiles<Side::kQueries>(stream, backward_queries_kernel<Element, kDim, kRows>,
-                                              sizeof(BackwardQueriesShared<Element, kDim, kRows>),
-                                              arrays, problem, tiling);
-        });
+    cudaError_t error;
+    if (arrays.has_bias()) {
+      const Tiling tiling =
+          choose_tiling<Side::kQueries>(problem, rank, Queries::kRows, Queries::kColumns);
+      error = launch_tables<Element, kDim>(stream, arrays, problem, tiling, copies);
+    } else {
+      error = with_tiling<Queries, LargeQueries, Side::kQueries, kMayBeLarge>(
+          problem, rank, kLargeTileGain<kDim>, [&](const Tiling& tiling, auto rows) {
+            constexpr int kRows = decltype(rows)::value;
+            return launch_tiles<Side::kQueries>(
+                stream, backward_queries_kernel<Element, kDim, kRows>,
+                sizeof(BackwardQueriesShared<Element, kDim, kRows>), arrays, problem, tiling);
+          });
+    }
     if (error != cudaSuccess) return error;
-    error = with_tiling<Keys, LargeKeys, Side::kKeys, kKeysMayBeLarge>(
+    return with_tiling<Keys, LargeKeys, Side::kKeys, kKeysMayBeLarge>(
         problem, rank, kLargeTileGain<kDim>, [&](const Tiling& tiling, auto rows) {
           constexpr int kRows = decltype(rows)::value;
           if constexpr (kMayBeLarge && kRows == 64) {
@@ -54,10 +61,6 @@ cudaError_t run_operation(cudaStream_t stream, const BackwardArrays<Element>& ar
                 geometry::ceil_div(geometry::max(problem.dim, problem.value_dim), kOut));
           }
         });
-    if (error != cudaSuccess || !arrays.has_bias()) return error;
-    const Tiling tiling =
-        choose_tiling<Side::kQueries>(problem, rank, Queries::kRows, Queries::kColumns);
-    return launch_tables<Element, kDim>(stream, arrays, problem, tiling, copies);
   });
 }
 

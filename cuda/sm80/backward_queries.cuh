@@ -119,15 +119,13 @@ __device__ void load_keys(BackwardQueriesShared<Element, kDim, kRows>& shared,
   load_rows<kDim, kColumns>(shared.v[buffer].x, rows_of(arrays.v, sample), columns, value_dim);
 }
 
-template <typename Element, int kDim, int kRows>
-__global__ void __launch_bounds__(kThreads, (kDim * kRows <= 64 * 64) ? 3 : 2)
-    backward_queries_kernel(const __grid_constant__ BackwardArrays<Element> arrays,
-                            const __grid_constant__ Problem<kAxes> p,
-                            const __grid_constant__ Tiling tiling) {
-  using Shared = BackwardQueriesShared<Element, kDim, kRows>;
-  constexpr int kColumns = Shared::kColumns, kBlocks = kRows / 64;
-  Shared& shared = shared_memory<Shared>();
-  const TileIndex tile = tile_index<Side::kQueries>(p, tiling, blockIdx.x);
+// dq and delta of a tile of queries. use(ds, begin) has the ds of each tile of their columns.
+template <typename Element, int kDim, int kRows, typename Use>
+__device__ void find_dq(BackwardQueriesShared<Element, kDim, kRows>& shared,
+                        const BackwardArrays<Element>& arrays, const Problem<kAxes>& p,
+                        const Tiling& tiling, const TileIndex& tile, Use&& use) {
+  constexpr int kColumns = BackwardQueriesShared<Element, kDim, kRows>::kColumns;
+  constexpr int kBlocks = kRows / 64;
   const int64_t sample = tile.sample;
   make_plan<Family::kFused, Side::kQueries>(shared.plan, p, tiling, tile);
   const float* table = table_of(arrays.bias, sample, tile.head);
@@ -150,12 +148,23 @@ __global__ void __launch_bounds__(kThreads, (kDim * kRows <= 64 * 64) ? 3 : 2)
       [&](int buffer, int begin) {
         Results<kBlocks, kColumns / 8> ds;
         find_ds(ds, shared, matrix, buffer, begin, scale, table, shift);
+        use(ds, begin);
         multiply_weights<Element, kDim>(dq, matrix, ds, shared.k[buffer].right_transposed());
       });
 
   dq.scale(tiling.scale);
   store_rows<kDim>(rows_of(arrays.dq, sample), shared.plan.row + row, 0, dim,
                    shared.q.x + row * kDim, dq);
+}
+
+template <typename Element, int kDim, int kRows>
+__global__ void __launch_bounds__(kThreads, (kDim * kRows <= 64 * 64) ? 3 : 2)
+    backward_queries_kernel(const __grid_constant__ BackwardArrays<Element> arrays,
+                            const __grid_constant__ Problem<kAxes> p,
+                            const __grid_constant__ Tiling tiling) {
+  auto& shared = shared_memory<BackwardQueriesShared<Element, kDim, kRows>>();
+  const TileIndex tile = tile_index<Side::kQueries>(p, tiling, blockIdx.x);
+  find_dq<Element, kDim, kRows>(shared, arrays, p, tiling, tile, [](const auto&, int) {});
 }
 
 }  // namespace jax_natten::sm80

@@ -1,4 +1,5 @@
-// The biases' part of the gradients: dbias, the sum of ds over the pairs of each offset.
+// The queries' part of the gradients where there are biases: dq and delta, and
+//   dbias = the sum of ds over the pairs of each offset.
 #pragma once
 
 #include "cuda/sm80/backward_queries.cuh"
@@ -23,7 +24,53 @@ size_t bytes_of_table_sums(const Problem<kAxes>& problem, int copies) {
 
 inline constexpr int kWarps = kThreads / kWarp;
 
-// Reads delta. With fewer copies of the table than warps, warps take turns.
+// Adds the ds of a warp's rows to a table, a row at a time: what it adds lies in different entries.
+template <typename Element, int kDim>
+__device__ void add_to_table(float* table, const BackwardTableShared<Element, kDim>& shared,
+                             int begin) {
+  constexpr int kColumns = BackwardTableShared<Element, kDim>::kColumns;
+  constexpr int kOwn = (kColumns + kWarp - 1) / kWarp;  // columns of a lane
+  const auto& plan = shared.plan;
+  const uint32_t guard = plan.list.guard;
+  uint32_t place[kOwn];
+  int32_t entry[kOwn];
+#pragma unroll
+  for (int n = 0; n < kOwn; ++n) {
+    const int column = begin + (lane() + n * kWarp) % kColumns;
+    place[n] = plan.place[column];
+    entry[n] = plan.column_entry[column];
+  }
+  struct Row {
+    RowSpan span;
+    int32_t entry;
+    float ds[kOwn];
+  };
+  const auto row_of_ds = [&](int i) {
+    const int row = first_row<1>() + i;
+    Row result{plan.span[row], plan.row_entry[row], {}};
+#pragma unroll
+    for (int n = 0; n < kOwn; ++n) {
+      result.ds[n] = shared.ds[row][(lane() + n * kWarp) % kColumns];
+    }
+    return result;
+  };
+  Row row = row_of_ds(0);
+#pragma unroll 4
+  for (int i = 0; i < 16; ++i) {
+    // The next row is on its way while this one is added.
+    const Row next = row_of_ds((i + 1) % 16);
+#pragma unroll
+    for (int n = 0; n < kOwn; ++n) {
+      if (lane() + n * kWarp < kColumns && sees(row.span, place[n], guard)) {
+        table[row.entry + entry[n]] += row.ds[n];
+      }
+    }
+    row = next;
+    __syncwarp();
+  }
+}
+
+// dq, delta and the parts of dbias. With fewer copies of the table than warps, warps take turns.
 template <typename Element, int kDim>
 __global__ void __launch_bounds__(kThreads, 2)
     backward_table_kernel(const __grid_constant__ BackwardArrays<Element> arrays,
@@ -36,10 +83,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const unsigned part = blockIdx.x % parts, head_number = blockIdx.x / parts;
   const auto entries = static_cast<int>(p.biases());
   const int warp = static_cast<int>(threadIdx.x) / kWarp, turns = kWarps / copies;
-  float* copy = shared.tables + warp / turns * entries;
-  const LogitScale scale(tiling.scale, true);
-  const Matrix<Element> matrix(p.tf32);
-  const int dim = static_cast<int>(p.dim), value_dim = static_cast<int>(p.value_dim);
+  float* table = shared.tables + warp / turns * entries;
 
   for (int i = static_cast<int>(threadIdx.x); i < copies * entries; i += kThreads) {
     shared.tables[i] = 0;
@@ -47,24 +91,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const auto tiles = static_cast<unsigned>(tiles_of_head<Side::kQueries>(p, tiling));
   for (unsigned t = part; t < tiles; t += parts) {
     const TileIndex tile = tile_index<Side::kQueries>(p, tiling, head_number * tiles + t);
-    const int64_t sample = tile.sample;
-    make_plan<Family::kFused, Side::kQueries>(shared.plan, p, tiling, tile);
-    const float* table = table_of(arrays.bias, sample, tile.head);
-    load_queries<Element, kDim, kRows>(shared, arrays, sample, dim, value_dim);
-    if (threadIdx.x < kRows) {
-      const int32_t row = shared.plan.row[threadIdx.x];
-      shared.delta[threadIdx.x] = row == kNoRow ? 0 : rows_of(arrays.delta, sample)[row];
-    }
-    float shift[1][2];
-    find_shifts(shift, shared.plan.row, rows_of(arrays.lse, sample));
-    for_each_tile(
-        shared.plan,
-        [&](int buffer, int begin) {
-          load_keys<Element, kDim, kRows>(shared, arrays, sample, dim, value_dim, buffer, begin);
-        },
-        [&](int buffer, int begin) {
-          Results<1, kColumns / 8> ds;
-          find_ds<Element, kDim, kRows>(ds, shared, matrix, buffer, begin, scale, table, shift);
+    find_dq<Element, kDim, kRows>(
+        shared, arrays, p, tiling, tile, [&](const Results<1, kColumns / 8>& ds, int begin) {
 #pragma unroll
           for (int n = 0; n < kColumns / 8; ++n) {
 #pragma unroll
@@ -75,19 +103,7 @@ __global__ void __launch_bounds__(kThreads, 2)
           }
           __syncwarp();
           for (int turn = 0; turn < turns; ++turn) {
-            if (warp % turns == turn) {
-              for (int i = 0; i < 16; ++i) {
-                const int row = first_row<1>() + i;
-                const RowSpan span = shared.plan.span[row];
-                float* entry = copy + shared.plan.row_entry[row];
-                for (int c = lane(); c < kColumns; c += kWarp) {
-                  if (sees(span, shared.plan.place[begin + c], shared.plan.list.guard)) {
-                    entry[shared.plan.column_entry[begin + c]] += shared.ds[row][c];
-                  }
-                }
-                __syncwarp();
-              }
-            }
+            if (warp % turns == turn) add_to_table(table, shared, begin);
             if (turns > 1) __syncthreads();
           }
         });

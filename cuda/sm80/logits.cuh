@@ -70,21 +70,44 @@ __device__ inline float sum_of_row(float x) {
 // The lane's two columns in tile n of 8.
 __device__ inline int column_of(int n) { return n * 8 + lane() % 4 * 2; }
 
-// Adds table entries, `weight` times each, where the row sees the column.
+// The lane's rows of a warp's blocks, as the plan has them.
+template <int kBlocks>
+struct LaneRows {
+  RowSpan span[kBlocks][2];
+  int32_t entry[kBlocks][2];  // of the table
+
+  template <int kRows, int kColumns>
+  __device__ LaneRows(const Plan<kRows, kColumns>& plan, int first) {
+#pragma unroll
+    for (int i = 0; i < kBlocks * 2; ++i) {
+      const int row = row_of(first, i / 2, i % 2);
+      span[i / 2][i % 2] = plan.span[row];
+      entry[i / 2][i % 2] = plan.row_entry[row];
+    }
+  }
+};
+
+// Adds table entries, `weight` times each, where the row sees the column; -inf elsewhere.
 template <int kBlocks, int kTiles, int kRows, int kColumns>
 __device__ void add_bias(Results<kBlocks, kTiles>& s, const Plan<kRows, kColumns>& plan, int first,
                          int begin, const float* table, float weight) {
   const uint32_t guard = plan.list.guard;
+  const LaneRows<kBlocks> rows(plan, first);
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
+    const int column = begin + column_of(n);
+    const auto place = *reinterpret_cast<const uint2*>(&plan.place[column]);
+    const auto entry = *reinterpret_cast<const int2*>(&plan.column_entry[column]);
 #pragma unroll
-    for (int i = 0; i < kBlocks * 4; ++i) {
-      const int m = i / 4, r = i / 2 % 2, e = i % 2;
-      const int row = row_of(first, m, r), column = begin + column_of(n) + e;
-      if (sees(plan.span[row], plan.place[column], guard)) {
-        s.x[m][n][2 * r + e] +=
-            weight * __ldg(table + plan.row_entry[row] + plan.column_entry[column]);
-      }
+    for (int i = 0; i < kBlocks * 2; ++i) {
+      const int m = i / 2, r = i % 2;
+      float (&x)[4] = s.x[m][n];
+      const auto finish = [&](float& logit, uint32_t place, int32_t entry) {
+        const bool seen = sees(rows.span[m][r], place, guard);
+        logit = seen ? logit + weight * __ldg(table + (rows.entry[m][r] + entry)) : -INFINITY;
+      };
+      finish(x[2 * r], place.x, entry.x);
+      finish(x[2 * r + 1], place.y, entry.y);
     }
   }
 }
@@ -93,24 +116,20 @@ __device__ void add_bias(Results<kBlocks, kTiles>& s, const Plan<kRows, kColumns
 template <int kBlocks, int kTiles, int kRows, int kColumns>
 __device__ void finish_logits(Results<kBlocks, kTiles>& s, const Plan<kRows, kColumns>& plan,
                               int first, int begin, const LogitScale& scale, const float* table) {
-  if (scale.is_applied_first) {
-    s.scale(scale.scale);
-    if (table != nullptr) add_bias(s, plan, first, begin, table, kLog2E);
-  }
+  if (scale.is_applied_first) s.scale(scale.scale);
+  if (table != nullptr) return add_bias(s, plan, first, begin, table, kLog2E);
   if (!plan.template is_rim<kTiles * 8>(begin)) return;
   const uint32_t guard = plan.list.guard;
-  RowSpan span[kBlocks][2];
-#pragma unroll
-  for (int i = 0; i < kBlocks * 2; ++i) span[i / 2][i % 2] = plan.span[row_of(first, i / 2, i % 2)];
+  const LaneRows<kBlocks> rows(plan, first);
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
-    const auto [place, next] = *reinterpret_cast<const uint2*>(&plan.place[begin + column_of(n)]);
+    const auto place = *reinterpret_cast<const uint2*>(&plan.place[begin + column_of(n)]);
 #pragma unroll
     for (int i = 0; i < kBlocks * 2; ++i) {
-      float (&x)[4] = s.x[i / 2][n];
-      const int r = i % 2;
-      if (!sees(span[i / 2][r], place, guard)) x[2 * r] = -INFINITY;
-      if (!sees(span[i / 2][r], next, guard)) x[2 * r + 1] = -INFINITY;
+      const int m = i / 2, r = i % 2;
+      float (&x)[4] = s.x[m][n];
+      if (!sees(rows.span[m][r], place.x, guard)) x[2 * r] = -INFINITY;
+      if (!sees(rows.span[m][r], place.y, guard)) x[2 * r + 1] = -INFINITY;
     }
   }
 }
