@@ -7,6 +7,8 @@ import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # processes share a GPU, of whose memory the first would take most
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# Equal programs give equal bits: else each compilation would time several algorithms for a product on a GPU.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
