@@ -119,7 +119,8 @@ __device__ void load_keys(BackwardQueriesShared<Element, kDim, kRows>& shared,
   load_rows<kDim, kColumns>(shared.v[buffer].x, rows_of(arrays.v, sample), columns, value_dim);
 }
 
-// dq and delta of a tile of queries. use(ds, begin) has the ds of each tile of their columns.
+// dq and delta of a tile of queries; use(ds, begin) is called with the ds of each tile of their
+// columns, which begin there in the plan.
 template <typename Element, int kDim, int kRows, typename Use>
 __device__ void find_dq(BackwardQueriesShared<Element, kDim, kRows>& shared,
                         const BackwardArrays<Element>& arrays, const Problem<kAxes>& p,

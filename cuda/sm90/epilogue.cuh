@@ -80,7 +80,7 @@ struct Epilogue {
       if (exists) {
         lse.head(plan.sample, plan.head).row(token)[0] = empty ? -INFINITY : softmax.lse(r);
       }
-      if (__any_sync(kAllLanes, empty)) {
+      if (__any_sync(kAllLanes, empty)) {  // of few warps
         for (int i = 0; i < kOutputs; ++i) {
           if (empty && i / 2 % 2 == r) out[i] = 0;
         }

@@ -16,8 +16,8 @@ namespace jax_natten::sm90 {
 
 inline constexpr float kLn2 = 0.6931471805599453f;
 inline constexpr float kLog2E = 1.4426950408889634f;
-inline constexpr float kMostLogWeight = 14;
-inline constexpr float kMostWeight = 1 << 14;
+inline constexpr int kMostLogWeight = 14;
+inline constexpr float kMostWeight = 1 << kMostLogWeight;
 
 struct Softmax {
   float factor;            // of logits; positive
